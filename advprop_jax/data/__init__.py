@@ -1,0 +1,1 @@
+"""Records in, batches of uint8 images out."""

@@ -1,0 +1,181 @@
+"""Batches of uint8 images, the same for any number of processes, threads and interruptions.
+
+One infinite stream of records is cut into global batches, so no epoch has a tail to drop. Process p
+of P takes the p-th of P equal blocks of each. What is random hangs on the seed and on the place in
+the stream, never on who reads it; so a state is a number of batches, and nothing else.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import grain
+import numpy as np
+
+from advprop_jax.data.sources import Source
+from advprop_jax.data.transforms import EvaluationTransform, TrainingTransform
+from advprop_jax.runtime.errors import InputError
+
+Batch = dict[str, np.ndarray]
+
+
+class TrainingBatches(Iterator[Batch]):
+  """An endless iterator whose state says what was taken, not what was read ahead."""
+
+  def __init__(self, batches: grain.MapDataset, num_threads: int):
+    self._iterator = iter(batches.to_iter_dataset(_read_options(num_threads)))
+
+  def __next__(self) -> Batch:
+    return next(self._iterator)
+
+  def get_state(self) -> dict[str, int]:
+    """{"batches": how many were taken}: JSON, and good for any number of processes."""
+    return {"batches": grain.experimental.get_next_index(self._iterator)}
+
+  def set_state(self, state: dict[str, int]) -> None:
+    """Goes to where `get_state` was called: the next batch is the one that followed."""
+    grain.experimental.set_next_index(self._iterator, int(state["batches"]))
+
+  def close(self) -> None:
+    """Ends the threads that read ahead."""
+    self._iterator.close()
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationBatches:
+  """Batches of one pass, in order; `len` of them, the same on every process."""
+
+  batches: grain.MapDataset
+  num_threads: int
+
+  def __len__(self) -> int:
+    return len(self.batches)
+
+  def __iter__(self) -> Iterator[Batch]:
+    iterator = iter(self.batches.to_iter_dataset(_read_options(self.num_threads)))
+    try:
+      yield from iterator
+    finally:
+      iterator.close()
+
+
+def training_batches(source: Source, *, batch_size: int, transform: TrainingTransform, seed: int,
+                     process_index: int = 0, process_count: int = 1,
+                     num_threads: int = 1) -> TrainingBatches:
+  """Shuffled, augmented batches without end; every epoch has its own order.
+
+  Args:
+    source: the records.
+    batch_size: images per step of all processes together; n = batch_size // process_count.
+    transform: (uint8 (h, w, 3), generator) -> uint8 (size, size, 3). The generator is seeded by
+      the place of the image in the stream.
+    seed: of order and augmentation, 0 or more.
+    process_index: which block of each global batch.
+    process_count: how many blocks.
+    num_threads: that read ahead; 0 reads when asked.
+
+  Returns:
+    Iterator of {"image": uint8 (n, size, size, 3), "label": int32 (n,)}.
+
+  Raises:
+    InputError: batch_size is no multiple of process_count.
+  """
+  # Seeds of their own, as Grain would derive them from the depth of the pipeline, and shuffle
+  # epoch e of seed s like epoch 0 of seed s + e.
+  order_seed, augment_seed = np.random.SeedSequence(seed).generate_state(2).tolist()
+  stream = (grain.MapDataset.range(len(source))
+            .shuffle(seed=order_seed)
+            .random_map(_Read(source, transform), seed=augment_seed)
+            .repeat())
+  blocks = _Blocks(stream, batch_size, process_index, process_count, masked=False)
+  return TrainingBatches(blocks, num_threads)
+
+
+def evaluation_batches(source: Source, *, batch_size: int, transform: EvaluationTransform,
+                       process_index: int = 0, process_count: int = 1, limit: int | None = None,
+                       num_threads: int = 1) -> EvaluationBatches:
+  """Every image once over all processes, in order; what is missing in the last batch is padded.
+
+  Args:
+    source: the records.
+    batch_size: images per step of all processes together; n = batch_size // process_count.
+    transform: uint8 (h, w, 3) -> uint8 (size, size, 3).
+    process_index: which block of each global batch.
+    process_count: how many blocks.
+    limit: only the first so many records.
+    num_threads: that read ahead; 0 reads when asked.
+
+  Returns:
+    Sized iterable of {"image": uint8 (n, size, size, 3), "label": int32 (n,), "mask": bool (n,),
+    False for padding, "index": int32 (n,), the record's index}. Padding is black, of label 0, and
+    its indices go on counting.
+
+  Raises:
+    InputError: batch_size is no multiple of process_count.
+  """
+  records = len(source) if limit is None else min(limit, len(source))
+  stream = grain.MapDataset.range(records).map(_Read(source, transform))
+  blocks = _Blocks(stream, batch_size, process_index, process_count, masked=True)
+  return EvaluationBatches(blocks, num_threads)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Read:
+  """Record index -> record with its image transformed; a class, as worker processes pickle it.
+
+  The pipeline is one of indices up to here: `grain.MapDataset.source` would spend a third of the
+  time for a small image on its own statistics.
+  """
+
+  source: Source
+  transform: TrainingTransform | EvaluationTransform
+
+  def __call__(self, index: int, *rng: np.random.Generator) -> dict[str, Any]:
+    record = self.source[index]
+    return {"image": self.transform(record["image"], *rng), "label": record["label"]}
+
+
+class _Blocks(grain.MapDataset):
+  """Element `step` is this process's block of the global batch `step`.
+
+  Grain shards by striding over the records, which gives another global batch for each number of
+  processes.
+  """
+
+  def __init__(self, stream: grain.MapDataset, batch_size: int, process_index: int,
+               process_count: int, masked: bool):
+    super().__init__(stream)
+    if batch_size < 1 or batch_size % process_count:
+      near = max(batch_size // process_count, 1) * process_count
+      raise InputError(f"data.batch_size={batch_size} cannot be shared by {process_count} "
+                       f"processes: use a multiple of {process_count}, such as {near}")
+    self._batch_size = batch_size
+    self._block = batch_size // process_count
+    self._offset = process_index * self._block
+    self._masked = masked
+
+  def __len__(self) -> int:
+    stream = len(self._parent)
+    return stream if stream == sys.maxsize else -(-stream // self._batch_size)
+
+  def __getitem__(self, step: int) -> Batch:
+    if isinstance(step, slice):
+      return self.slice(step)
+    places = np.arange(self._block) + (step * self._batch_size + self._offset)
+    mask = places < len(self._parent)
+    records = [self._parent[place] for place in places[mask].tolist()]
+    # A block of padding only has to know the shape as well.
+    shape = (records[0] if records else self._parent[0])["image"].shape
+    images = np.zeros((self._block, *shape), np.uint8)
+    labels = np.zeros(self._block, np.int32)
+    for row, record in enumerate(records):
+      images[row] = record["image"]
+      labels[row] = record["label"]
+    batch = {"image": images, "label": labels}
+    return {**batch, "mask": mask, "index": places.astype(np.int32)} if self._masked else batch
+
+
+def _read_options(num_threads: int) -> grain.ReadOptions:
+  # The unit is a batch here: a few read ahead hide the time it takes, 500 would fill the memory.
+  return grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=2 * num_threads)

@@ -1,0 +1,113 @@
+"""Images on the host: uint8 in, uint8 out; random ones take their generator.
+
+No function writes to the image it is given; the result may be that image or a view of it.
+"""
+
+import functools
+from collections.abc import Callable
+
+import numpy as np
+from PIL import Image
+
+from advprop_jax.runtime.errors import InputError
+
+TrainingTransform = Callable[[np.ndarray, np.random.Generator], np.ndarray]
+EvaluationTransform = Callable[[np.ndarray], np.ndarray]
+
+
+def random_crop_with_padding(image: np.ndarray, size: int, padding: int,
+                             rng: np.random.Generator) -> np.ndarray:
+  """Cuts a square out of the image with a black border, each place equally likely.
+
+  Args:
+    image: uint8 (h, w, c), h and w at least size - 2 * padding.
+    size: of the square, in pixels.
+    padding: width of the border on each side, in pixels.
+    rng: two draws: the top, then the left edge.
+
+  Returns:
+    uint8 (size, size, c).
+
+  *Source:* He et al., "Deep Residual Learning", arXiv 1512.03385, section 4.2 (4 pixels).
+  """
+  height, width, channels = image.shape
+  top = int(rng.integers(height + 2 * padding - size + 1)) - padding      # in image coordinates
+  left = int(rng.integers(width + 2 * padding - size + 1)) - padding
+  if 0 <= top <= height - size and 0 <= left <= width - size:
+    return image[top:top + size, left:left + size]
+  square = np.zeros((size, size, channels), np.uint8)
+  inside = image[max(top, 0):top + size, max(left, 0):left + size]
+  row, column = max(-top, 0), max(-left, 0)
+  square[row:row + inside.shape[0], column:column + inside.shape[1]] = inside
+  return square
+
+
+def random_flip(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+  """Mirrors left and right with probability 1/2; one draw."""
+  return image[:, ::-1] if rng.random() < 0.5 else image
+
+
+def fit(image: np.ndarray, size: int) -> np.ndarray:
+  """Scales the shorter side to `size` (bicubic, antialiased) and takes the central square.
+
+  An image of that size is left as it is.
+
+  Args:
+    image: uint8 (h, w, 3).
+    size: in pixels.
+
+  Returns:
+    uint8 (size, size, 3).
+  """
+  height, width = image.shape[:2]
+  if (height, width) == (size, size):
+    return image
+  side = min(height, width)
+  left, top = (width - side) / 2, (height - side) / 2
+  # With a box Pillow gives what scaling it all and cropping then would, at the square's cost.
+  return np.asarray(Image.fromarray(image).resize(
+    (size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side)))
+
+
+def _none(image: np.ndarray, rng: np.random.Generator, *, size: int, padding: int) -> np.ndarray:
+  del rng, padding
+  return fit(image, size)
+
+
+def _crop_flip(image: np.ndarray, rng: np.random.Generator, *, size: int,
+               padding: int) -> np.ndarray:
+  return random_flip(random_crop_with_padding(fit(image, size), size, padding, rng), rng)
+
+
+# What `data.augment` names: (image, rng, *, size, padding) -> image (size, size, 3).
+AUGMENTATIONS: dict[str, Callable[..., np.ndarray]] = {
+  "none": _none,
+  "crop_flip": _crop_flip,
+}
+
+
+def training_transform(image_size: int, augment: str = "crop_flip",
+                       padding: int = 4) -> TrainingTransform:
+  """What a training image goes through.
+
+  Args:
+    image_size: of the result, in pixels.
+    augment: a name in AUGMENTATIONS: "crop_flip" for small images, "none" only fits the size.
+    padding: of "crop_flip", in pixels.
+
+  Returns:
+    (uint8 (h, w, 3), generator) -> uint8 (image_size, image_size, 3). It can be pickled.
+
+  Raises:
+    InputError: no such augmentation, or a negative padding.
+  """
+  if augment not in AUGMENTATIONS:
+    raise InputError(f"data.augment={augment!r} is unknown: use one of {sorted(AUGMENTATIONS)}")
+  if padding < 0:
+    raise InputError(f"data.padding={padding} is negative: use 0 or more pixels")
+  return functools.partial(AUGMENTATIONS[augment], size=image_size, padding=padding)
+
+
+def evaluation_transform(image_size: int) -> EvaluationTransform:
+  """What a test image goes through: (uint8 (h, w, 3)) -> uint8 (image_size, image_size, 3)."""
+  return functools.partial(fit, size=image_size)

@@ -1,0 +1,116 @@
+"""From a config to what a run is made of: data, network, method. Every verb starts here."""
+
+import dataclasses
+
+import jax
+import ml_collections
+
+from advprop_jax import models
+from advprop_jax.data import sources
+from advprop_jax.method import optimizer
+from advprop_jax.method.attack import Attack
+from advprop_jax.method.schemes import SCHEMES
+from advprop_jax.method.step import Method
+from advprop_jax.runtime.config import duration, validate
+from advprop_jax.runtime.parallel import AXIS
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+  """What a config stands for.
+
+  Attributes:
+    config: the resolved config, every field set that training needs.
+    train_source: records to train on.
+    test_source: records to evaluate on.
+    method: network, scheme, attack, optimizer.
+    schedule: step -> learning rate.
+    eval_attack: the attacker of the evaluation.
+    steps_per_epoch: updates in which as many images are seen as there are; not always whole.
+    total_steps: length of training, in updates.
+  """
+
+  config: ml_collections.FrozenConfigDict
+  train_source: sources.Source
+  test_source: sources.Source
+  method: Method
+  schedule: optimizer.Schedule
+  eval_attack: Attack
+  steps_per_epoch: float
+  total_steps: int
+
+  def every(self, section: str) -> int:
+    """Steps between two of `eval` or `checkpoint`; 0: at the end alone."""
+    settings = self.config[section]
+    steps = duration(settings, "every", self.steps_per_epoch)
+    wanted = settings.every_epochs if settings.every_steps is None else settings.every_steps
+    return max(steps, 1) if wanted else 0
+
+
+def create_experiment(config: ml_collections.ConfigDict) -> Experiment:
+  """Opens the data and builds the method of a config.
+
+  Args:
+    config: from `runtime.config.default_config()`, changed at will.
+
+  Returns:
+    The experiment; nothing has been computed yet.
+
+  Raises:
+    InputError: a config or data that cannot work.
+  """
+  config = resolve(config)
+  validate(config, jax.device_count())
+  train_source = sources.open_source(config.data.name, config.data.dir, config.data.train_split)
+  test_source = sources.open_source(config.data.name, config.data.dir, config.data.test_split)
+  steps_per_epoch = len(train_source) / config.data.batch_size
+  total_steps = duration(config.train, "", steps_per_epoch)
+  schedule = optimizer.SCHEDULES[config.optimizer.schedule](
+      config.optimizer.learning_rate, total_steps,
+      warmup=duration(config.optimizer, "warmup", steps_per_epoch),
+      decay_rate=config.optimizer.decay_rate,
+      decay=max(duration(config.optimizer, "decay", steps_per_epoch), 1))
+  attack = Attack(**config.attack)
+  return Experiment(
+      config=config, train_source=train_source, test_source=test_source,
+      method=create_method(config, train_source.num_classes, schedule, attack),
+      schedule=schedule, eval_attack=evaluation_attack(config, attack),
+      steps_per_epoch=steps_per_epoch, total_steps=total_steps)
+
+
+def resolve(config: ml_collections.ConfigDict) -> ml_collections.FrozenConfigDict:
+  """A frozen config in which what depends on the network is set."""
+  config = ml_collections.ConfigDict(config)
+  if config.get("data") and config.data.get("image_size") is None and models.is_known(
+      config.model.name):
+    config.data.image_size = models.image_size(config.model.name)
+  return ml_collections.FrozenConfigDict(config)
+
+
+def create_method(config: ml_collections.ConfigDict, num_classes: int,
+                  schedule: optimizer.Schedule, attack: Attack) -> Method:
+  """The method of a validated config."""
+  scheme = SCHEMES[config.scheme].weighted(config.loss.weights)
+  bank = config.model
+  model = models.create_model(
+      bank.name, num_classes, scheme.domains, dtype=bank.dtype,
+      share_statistics=bank.share_statistics, share_affine=bank.share_affine, axis_name=AXIS,
+      group_size=bank.bn_group_size, dropout_rate=bank.dropout_rate,
+      drop_path_rate=bank.drop_path_rate)
+  settings = config.optimizer
+  return Method(
+      model=model, scheme=scheme, attack=attack,
+      optimizer=optimizer.create_optimizer(
+          settings.name, schedule, settings.weight_decay, settings.weight_decay_form,
+          settings.decay_batch_norm, momentum=settings.momentum, nesterov=settings.nesterov,
+          rms_decay=settings.rms_decay, epsilon=settings.epsilon, b1=settings.b1, b2=settings.b2),
+      label_smoothing=config.loss.label_smoothing, ema_decay=config.train.ema_decay,
+      accumulation=config.train.accumulation, one_pass=config.train.one_pass)
+
+
+def evaluation_attack(config: ml_collections.ConfigDict, attack: Attack) -> Attack:
+  """The training's attacker without its tricks, as strong as config.eval says."""
+  strength = {name: value for name, value in config.eval.items()
+              if name in ("epsilon", "step_size", "num_steps") and value is not None}
+  return dataclasses.replace(attack, clean_start=0.0, statistics="running", target="none",
+                             dropout=False, **strength)

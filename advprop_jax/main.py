@@ -1,0 +1,61 @@
+"""AdvProp in JAX: one command for every experiment.
+
+  python -m advprop_jax.main --config=configs/quickstart.py --workdir=DIR
+"""
+
+import sys
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from advprop_jax.runtime.errors import InputError
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "A file with get_config(); FILE.py:VARIANT passes VARIANT to it, and "
+    "--config.section.field=value changes a field.", lock_config=True)
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder of the run: config, checkpoints, metrics, results. The same command "
+    "started again goes on where the run stands.")
+_MODE = flags.DEFINE_enum(
+    "mode", "train", ["train", "evaluate", "export", "report"], "train: train, then evaluate. "
+    "evaluate: the checkpoint in the workdir. export, report: not there yet.")
+
+BAD_INPUT = 2  # exit code
+
+
+def main(argv: list[str]) -> None:
+  """Runs one verb on one config."""
+  del argv
+  for flag in (_CONFIG, _WORKDIR):
+    if not flag.value:
+      raise InputError(f"--{flag.name}: not given; see --help")
+  logging.set_verbosity(logging.WARNING)
+  # Imported late, so that a mistake in the flags is answered at once.
+  from advprop_jax import evaluate, train
+  verbs = {"train": train.train, "evaluate": evaluate.evaluate}
+  if _MODE.value not in verbs:
+    raise InputError(f"--mode={_MODE.value}: is not there yet; use {' or '.join(verbs)}")
+  verbs[_MODE.value](_CONFIG.value, _WORKDIR.value)
+
+
+def run() -> None:
+  """The command line: bad input ends in one sentence and exit code 2, without a traceback."""
+  try:
+    app.run(main, flags_parser=_parse)
+  except InputError as error:
+    print(f"Error: {error}", file=sys.stderr)
+    sys.exit(BAD_INPUT)
+
+
+def _parse(argv: list[str]) -> list[str]:
+  """Parses the flags; whatever is wrong with them or in the config file is the user's to mend."""
+  try:
+    return flags.FLAGS(argv)
+  except InputError:
+    raise
+  except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+    raise InputError(" ".join(str(error).split())) from error
+
+
+if __name__ == "__main__":
+  run()

@@ -1,0 +1,173 @@
+"""The bank of batch norms: one batch norm per domain in the place of one.
+
+AdvProp's idea in one layer (Section 4.1 of the paper, Figure 3): clean and adversarial images
+have different statistics, so each *domain* is normalised by its own batch norm while all other
+weights are shared. The first domain is the main one; its variables have the names of an ordinary
+batch norm, so a network whose other domains are dropped *is* the ordinary network:
+
+    domain        statistics (mean, var)             params
+    clean (main)  batch_stats                        scale, bias
+    adversarial   batch_stats_adversarial            scale_adversarial, bias_adversarial
+
+Who may change is said by flax's `mutable`, and by nothing else:
+
+    logits, updates = model.apply(variables, images, domains=("adversarial",), train=True,
+                                  mutable=["batch_stats_adversarial"])
+    logits = model.apply(variables, images, domains=("adversarial",), train=True)   # no trace
+    logits = model.apply(variables, images)                                         # deployment
+"""
+
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+
+
+class BatchNorm(nn.Module):
+  """A bank of batch norms over the channels (the last axis).
+
+  Attributes:
+    domains: names of the domains; the first is the main one.
+    momentum: share of the old running statistics that an update keeps.
+    epsilon: added to the variance.
+    dtype: type of the result; statistics are float32 whatever it is.
+    share_statistics: one mean and variance for all domains (an ablation). Domains of one pass are
+      then normalised as one batch.
+    share_affine: one scale and bias for all domains (an ablation).
+    axis_name: the pmapped axis, needed where group_size is not 1.
+    group_size: neighbouring replicas whose batches are normalised as one. 1: each by itself.
+
+  The variance is the biased one, in the normalisation and in the running statistics, as in
+  TensorFlow and flax (PyTorch stores the unbiased one).
+  """
+
+  domains: tuple[str, ...] = ("clean",)
+  momentum: float = 0.99
+  epsilon: float = 1e-3
+  dtype: jnp.dtype = jnp.float32
+  share_statistics: bool = False
+  share_affine: bool = False
+  axis_name: str | None = None
+  group_size: int = 1
+
+  @nn.compact
+  def __call__(self, x: jax.Array, domains: Sequence[str], train: bool) -> jax.Array:
+    """Normalises x, whose images are those of `domains` in that order, in equal parts.
+
+    Args:
+      x: (images, ..., channels).
+      domains: whose batch norms to use, without repetition.
+      train: normalise by the statistics of this batch, and move the running statistics of those
+        domains whose collection is mutable; else by the running statistics.
+
+    Returns:
+      An array of x's shape, of type `dtype`.
+
+    Raises:
+      ValueError: a domain that the bank lacks or that is named twice, or parts that are not equal.
+    """
+    check_domains(domains, self.domains, len(x))
+    parts = x.reshape(len(domains), -1, *x.shape[1:]).astype(jnp.float32)
+    channels = x.shape[-1]
+    per_part = (len(domains), *[1] * (x.ndim - 1), channels)
+
+    def each_domain(read, shared):
+      used = self.domains if self.is_initializing() else domains  # init makes every domain's
+      values = {domain: read(self.domains[0] if shared else domain) for domain in used}
+      return [values[domain] for domain in domains]
+
+    def running(domain):
+      name = statistics_collection(domain, self.domains)
+      return (name, self.variable(name, "mean", jnp.zeros, (channels,), jnp.float32),
+              self.variable(name, "var", jnp.ones, (channels,), jnp.float32))
+
+    def affine(domain):
+      suffix = _suffix(domain, self.domains)
+      return (self.param("scale" + suffix, nn.initializers.ones, (channels,), jnp.float32),
+              self.param("bias" + suffix, nn.initializers.zeros, (channels,), jnp.float32))
+
+    statistics = each_domain(running, self.share_statistics)
+    scale, bias = map(jnp.stack, zip(*each_domain(affine, self.share_affine), strict=True))
+    if train:
+      mean, var = self._batch_statistics(parts)
+      self._update(statistics, mean, var)
+    else:
+      mean = jnp.stack([mean.value for _, mean, _ in statistics])
+      var = jnp.stack([var.value for _, _, var in statistics])
+    multiplier = scale * jax.lax.rsqrt(var + self.epsilon)
+    y = (parts - mean.reshape(per_part)) * multiplier.reshape(per_part) + bias.reshape(per_part)
+    return y.reshape(x.shape).astype(self.dtype)
+
+  def _batch_statistics(self, parts):
+    """Mean and variance, (domains, channels) each, of parts (domains, images, ..., channels)."""
+    axes = tuple(range(0 if self.share_statistics else 1, parts.ndim - 1))
+    moments = jnp.stack([jnp.mean(parts, axes), jnp.mean(jnp.square(parts), axes)])
+    if self.group_size > 1 and not self.is_initializing():
+      moments = jax.lax.pmean(moments, self.axis_name,
+                              axis_index_groups=_groups(self.axis_name, self.group_size))
+    mean, mean_of_squares = moments
+    var = jnp.maximum(mean_of_squares - jnp.square(mean), 0.0)
+    shape = (len(parts), parts.shape[-1])
+    return jnp.broadcast_to(mean, shape), jnp.broadcast_to(var, shape)
+
+  def _update(self, statistics, mean, var):
+    """Moves the running statistics of the domains whose collection `mutable` names."""
+    updates = {name: (running_mean, running_var, mean[i], var[i])
+               for i, (name, running_mean, running_var) in enumerate(statistics)}
+    for name, (running_mean, running_var, new_mean, new_var) in updates.items():
+      if self.is_mutable_collection(name) and not self.is_initializing():
+        running_mean.value = _average(running_mean.value, new_mean, self.momentum)
+        running_var.value = _average(running_var.value, new_var, self.momentum)
+
+
+def statistics_collection(domain: str, domains: Sequence[str], shared: bool = False) -> str:
+  """The collection that holds a domain's running statistics, the name that `mutable` takes.
+
+  Args:
+    domain: one of domains.
+    domains: all domains of the model; the first is the main one.
+    shared: whether the domains share their statistics (`share_statistics`).
+  """
+  return "batch_stats" if shared else "batch_stats" + _suffix(domain, domains)
+
+
+def drop_auxiliary(variables: dict) -> dict:
+  """The variables of the network that is deployed: the main domain's batch norms alone.
+
+  Args:
+    variables: of a model of any domains, {"params": ..., "batch_stats": ..., ...}.
+
+  Returns:
+    The variables of the same model with one domain. Its logits are those of the main domain,
+    bit for bit.
+  """
+  params = traverse_util.flatten_dict(variables["params"])
+  main = {path: leaf for path, leaf in params.items()
+          if not path[-1].startswith(("scale_", "bias_"))}
+  return {"params": traverse_util.unflatten_dict(main), "batch_stats": variables["batch_stats"]}
+
+
+def check_domains(domains: Sequence[str], known: Sequence[str], images: int) -> None:
+  """Raises a ValueError where a pass of so many images cannot be one of these domains."""
+  if not domains or len(set(domains)) != len(domains) or not set(domains) <= set(known):
+    raise ValueError(f"domains={tuple(domains)}: name some of {tuple(known)}, each at most once")
+  if images % len(domains):
+    raise ValueError(f"{images} images are not {len(domains)} equal parts, one for each of "
+                     f"{tuple(domains)}")
+
+
+def _suffix(domain: str, domains: Sequence[str]) -> str:
+  return "" if domain == domains[0] else "_" + domain
+
+
+def _groups(axis_name: str, size: int) -> list[list[int]]:
+  replicas = jax.lax.axis_size(axis_name)
+  if replicas % size:
+    raise ValueError(f"group_size={size} does not divide the {replicas} replicas")
+  return [list(range(first, first + size)) for first in range(0, replicas, size)]
+
+
+def _average(old: jax.Array, new: jax.Array, momentum: float) -> jax.Array:
+  return momentum * old + (1 - momentum) * new

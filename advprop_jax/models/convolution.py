@@ -1,0 +1,240 @@
+"""Dense, pointwise and depthwise convolution, fast on each platform.
+
+All pad as TensorFlow's 'SAME' does (an odd total puts the larger half at the end) and hold a
+float32 `kernel` of shape (height, width, inputs / groups, outputs), from a normal distribution with
+standard deviation sqrt(2 / fan_out).
+
+Depthwise convolution has two forms. TPUs and GPUs take XLA's grouped convolution. On the CPU that
+one is 6 to 100 times slower than a sum of shifted copies of the image, each times its row of the
+kernel, which XLA turns into one vectorised loop. `jax.lax.platform_dependent` chooses when the
+program is compiled *for* a platform, so a program for a TPU that is compiled on a CPU host has the
+TPU's form.
+"""
+
+import functools
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+# Partial sums that the weight gradient on the CPU adds up before it reduces them (see _fold).
+_PARTIAL_SUMS = 8
+
+
+def kernel_init(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -> jax.Array:
+  """Normal with standard deviation sqrt(2 / fan_out), fan_out = height * width * outputs / groups.
+
+  Args:
+    key: a random key.
+    shape: (height, width, inputs / groups, outputs); a depthwise kernel, (height, width, 1,
+      channels), counts as having one output, as in the source.
+    dtype: type of the result.
+
+  *Source:* tensorflow/tpu, models/official/efficientnet/efficientnet_model.py,
+  conv_kernel_initializer.
+  """
+  return _normal(key, shape, shape[0] * shape[1] * shape[3], dtype)
+
+
+def depthwise_kernel_init(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -> jax.Array:
+  """As `kernel_init`, for a depthwise kernel (height, width, 1, channels): one output each."""
+  return _normal(key, shape, shape[0] * shape[1], dtype)
+
+
+def _normal(key, shape, fan_out, dtype):
+  return math.sqrt(2.0 / fan_out) * jax.random.normal(key, shape, dtype)
+
+
+class Convolution(nn.Module):
+  """A dense convolution without bias: (n, h, w, c) -> (n, ceil(h / stride), ..., features).
+
+  Attributes:
+    features: channels of the result.
+    kernel_size: side of the kernel.
+    stride: step between windows, along both axes.
+    dtype: type of the computation and of the result.
+  """
+
+  features: int
+  kernel_size: int
+  stride: int = 1
+  dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
+    kernel = self.param("kernel", kernel_init, shape, jnp.float32)
+    return jax.lax.conv_general_dilated(
+        x.astype(self.dtype), kernel.astype(self.dtype), (self.stride, self.stride), "SAME",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+class Pointwise(nn.Module):
+  """A 1 x 1 convolution, as the matrix product that it is: (..., c) -> (..., features).
+
+  Attributes:
+    features: channels of the result.
+    use_bias: adds a bias that starts at zero.
+    dtype: type of the computation and of the result.
+  """
+
+  features: int
+  use_bias: bool = False
+  dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    kernel = self.param("kernel", kernel_init, (1, 1, x.shape[-1], self.features), jnp.float32)
+    y = x.astype(self.dtype) @ kernel[0, 0].astype(self.dtype)
+    if self.use_bias:
+      bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
+      y += bias.astype(self.dtype)
+    return y
+
+
+class Depthwise(nn.Module):
+  """A depthwise convolution without bias: (n, h, w, c) -> (n, ceil(h / stride), ..., c).
+
+  Attributes:
+    kernel_size: side of the kernel.
+    stride: step between windows, along both axes.
+    dtype: type of the computation and of the result.
+  """
+
+  kernel_size: int
+  stride: int = 1
+  dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    shape = (self.kernel_size, self.kernel_size, 1, x.shape[-1])
+    kernel = self.param("kernel", depthwise_kernel_init, shape, jnp.float32)
+    return depthwise(x.astype(self.dtype), kernel.astype(self.dtype), self.stride)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def depthwise(x: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array:
+  """Depthwise convolution, 'SAME', in the form that is fast on the platform compiled for.
+
+  Reverse-mode derivatives only (`jax.grad`, `jax.vjp`, nested or not; not `jax.jvp`).
+
+  Args:
+    x: (n, h, w, c).
+    kernel: (k, k, 1, c), of x's type.
+    stride: along both axes.
+
+  Returns:
+    (n, ceil(h / stride), ceil(w / stride), c), of x's type.
+  """
+  return jax.lax.platform_dependent(
+      x, kernel, cpu=functools.partial(depthwise_shifted, stride=stride),
+      default=functools.partial(depthwise_native, stride=stride))
+
+
+def _depthwise_forward(x, kernel, stride):
+  return depthwise(x, kernel, stride), (x, kernel)
+
+
+def _depthwise_backward(stride, inputs, gradient):
+  def native(x, kernel, gradient):
+    return jax.vjp(functools.partial(depthwise_native, stride=stride), x, kernel)[1](gradient)
+
+  def shifted(x, kernel, gradient):
+    return (_shifted_input_gradient(gradient, kernel, stride, x.shape).astype(x.dtype),
+            _shifted_kernel_gradient(gradient, x, stride, kernel.shape).astype(kernel.dtype))
+
+  return jax.lax.platform_dependent(*inputs, gradient, cpu=shifted, default=native)
+
+
+depthwise.defvjp(_depthwise_forward, _depthwise_backward)
+
+
+def depthwise_native(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+  """`depthwise` as XLA's grouped convolution: the form for TPU and GPU."""
+  return jax.lax.conv_general_dilated(
+      x, kernel, (stride, stride), "SAME", feature_group_count=x.shape[-1],
+      dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+def depthwise_shifted(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+  """`depthwise` as a sum over the kernel's taps, in float32: the form for the CPU."""
+  size = len(kernel)
+  image, height, width = _padded(x, size, stride)
+  y = sum(_window(image, i, j, height, width, stride) * kernel[i, j, 0].astype(jnp.float32)
+          for i in range(size) for j in range(size))
+  return y.astype(x.dtype)
+
+
+def _shifted_input_gradient(gradient, kernel, stride, shape):
+  """Each of the stride x stride phases of the image is a sum over the taps that reach it."""
+  size = len(kernel)
+  (top, _), (left, _) = (_padding(length, size, stride) for length in shape[1:3])
+  height, width = (-(-length // stride) for length in shape[1:3])
+  # Row r of the image meets tap i in output row (r + top - i) / stride: from -margin upwards.
+  margin = (size - 1) // stride + 1
+  edges = (margin, margin)
+  padded = jax.lax.optimization_barrier(
+      jnp.pad(gradient.astype(jnp.float32), ((0, 0), edges, edges, (0, 0))))
+
+  def phase(p, q):
+    terms = [
+        _window(padded, margin + (p + top - i) // stride, margin + (q + left - j) // stride,
+                height, width, 1) * kernel[i, j, 0].astype(jnp.float32)
+        for i in range(size) if (p + top - i) % stride == 0
+        for j in range(size) if (q + left - j) % stride == 0]
+    return sum(terms) if terms else jnp.zeros((shape[0], height, width, shape[3]))
+
+  if stride == 1:
+    return phase(0, 0)
+  rows = [jnp.stack([phase(p, q) for q in range(stride)], 3) for p in range(stride)]
+  image = jnp.stack(rows, 2).reshape(shape[0], height * stride, width * stride, shape[3])
+  return image[:, :shape[1], :shape[2]]
+
+
+def _shifted_kernel_gradient(gradient, x, stride, shape):
+  """Per tap: the channels' inner products of the gradient and the shifted image."""
+  size = shape[0]
+  image, height, width = _padded(x, size, stride)
+  parts = min(_PARTIAL_SUMS, len(x))
+  image, gradient = _fold(image, parts), _fold(gradient.astype(jnp.float32), parts)
+
+  def tap(i, j):
+    # XLA's reduction of a 4-d window is slow on the CPU: add up whole parts elementwise, and
+    # leave the rest, an eighth, to a matrix product.
+    products = sum(_window(image[part], i, j, height, width, stride) * gradient[part]
+                   for part in range(parts))
+    products = jax.lax.optimization_barrier(products).reshape(-1, shape[3])
+    return (jnp.ones((1, len(products))) @ products)[0]
+
+  return jnp.stack([tap(i, j) for i in range(size) for j in range(size)]).reshape(shape)
+
+
+def _fold(x, parts):
+  """(n, ...) -> (parts, ceil(n / parts), ...), filled up with zeros."""
+  missing = -len(x) % parts
+  if missing:
+    x = jnp.pad(x, ((0, missing), *[(0, 0)] * (x.ndim - 1)))
+  return x.reshape(parts, -1, *x.shape[1:])
+
+
+def _padded(x, size, stride):
+  """The padded image in float32, with height and width of the result.
+
+  The barrier keeps XLA from computing what comes before, a swish, again for each tap.
+  """
+  padding = [_padding(length, size, stride) for length in x.shape[1:3]]
+  image = jnp.pad(x.astype(jnp.float32), ((0, 0), *padding, (0, 0)))
+  height, width = (-(-length // stride) for length in x.shape[1:3])
+  return jax.lax.optimization_barrier(image), height, width
+
+
+def _padding(length, size, stride):
+  """TensorFlow's 'SAME': (before, after) along an axis of this length."""
+  total = max((-(-length // stride) - 1) * stride + size - length, 0)
+  return total // 2, total - total // 2
+
+
+def _window(image, i, j, height, width, stride):
+  """Every stride-th pixel from row i, column j on: (n, height, width, c)."""
+  return image[:, i:i + (height - 1) * stride + 1:stride, j:j + (width - 1) * stride + 1:stride]

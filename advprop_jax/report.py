@@ -1,0 +1,120 @@
+"""Pictures of a run."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from advprop_jax.data.transforms import evaluation_transform
+from advprop_jax.experiment import Experiment
+from advprop_jax.method.attack import PIXEL
+from advprop_jax.method.step import attack_images, to_model_units
+
+RIGHT, WRONG, INK, GREY = "#0072b2", "#d55e00", "#111111", "#555555"  # blue, vermilion: Okabe-Ito
+CELL, GAP, MARGIN = 128, 12, 16
+TEXT = 13
+
+
+def adversarial_picture(experiment: Experiment, variables: dict, domain: str | None,
+                        columns: int = 8) -> Image.Image:
+  """Clean test images, what an attack adds to them, and the adversarial images.
+
+  Args:
+    experiment: the run.
+    variables: of its model.
+    domain: whose batch norms the attack goes through; None for the main ones.
+    columns: number of images, spread over the test set.
+  """
+  method, attack, source = experiment.method, experiment.eval_attack, experiment.test_source
+  main, domain = method.scheme.domains[0], domain or method.scheme.domains[0]
+  transform = evaluation_transform(experiment.config.data.image_size)
+  places = np.linspace(0, len(source) - 1, columns).astype(int)
+  pixels = np.stack([transform(source[i]["image"]) for i in places])
+  labels = np.array([source[i]["label"] for i in places])
+
+  @jax.jit
+  def compute(variables, pixels, labels):
+    images = to_model_units(pixels)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.PRNGKey(0), places)
+    adversarial = attack_images(method.model, variables, domain, attack, images, labels, keys)
+
+    def predict(images, domain):
+      return jnp.argmax(method.model.apply(variables, images, domains=(domain,)), axis=-1)
+
+    return adversarial, {"clean": predict(images, main), "main": predict(adversarial, main),
+                         "attacked": predict(adversarial, domain)}
+
+  adversarial, predictions = jax.device_get(compute(variables, pixels, labels))
+  names = experiment.train_source.class_names
+
+  def lines(kind, before):
+    return [(f"{before}{names[guess]}", RIGHT if guess == label else WRONG)
+            for guess, label in zip(predictions[kind], labels, strict=True)]
+
+  through = [lines("main", "main: ")]
+  if domain != main:
+    through.append(lines("attacked", "auxiliary: "))
+  title = (f"{attack.name.upper()}-{attack.num_steps}, epsilon {attack.epsilon:g} of 255, step "
+           f"{attack.step_size:g}, through the {'main' if domain == main else 'auxiliary'} BN")
+  return panel(pixels, (adversarial + 1) / PIXEL, attack.epsilon, title, Captions(
+      [[(names[label], INK) for label in labels], lines("clean", "main: ")], through))
+
+
+@dataclasses.dataclass(frozen=True)
+class Captions:
+  """Lines of (text, colour), one per column, below the clean and the adversarial images."""
+
+  clean: list[list[tuple[str, str]]]
+  adversarial: list[list[tuple[str, str]]]
+
+
+def panel(clean: np.ndarray, adversarial: np.ndarray, epsilon: float, title: str,
+          captions: Captions) -> Image.Image:
+  """Three rows of images: clean, perturbation, adversarial.
+
+  Args:
+    clean: (n, h, w, 3), 0-255.
+    adversarial: (n, h, w, 3), 0-255, not rounded.
+    epsilon: radius of the perturbation, 0-255 units; the amplification makes it visible.
+    title: above all.
+    captions: below the images.
+  """
+  factor = max(int(127 / epsilon), 1) if epsilon > 0 else 1
+  perturbation = 128 + factor * (adversarial - clean)
+  rows = [("clean", clean, captions.clean),
+          (f"perturbation\nx {factor}, grey is\nno change", perturbation, []),
+          ("adversarial", adversarial, captions.adversarial)]
+  font, side = ImageFont.load_default(TEXT), 112
+  heights = [CELL + (TEXT + 5) * len(lines) + GAP for _, _, lines in rows]
+  width = MARGIN + side + len(clean) * (CELL + GAP) + MARGIN
+  legend = TEXT + 2 * GAP
+  image = Image.new("RGB", (width, 2 * MARGIN + 2 * TEXT + sum(heights) + legend), "white")
+  draw = ImageDraw.Draw(image)
+  draw.text((MARGIN, MARGIN), title, INK, ImageFont.load_default(TEXT + 2))
+  y = MARGIN + 2 * TEXT + GAP
+  for (name, images, lines), height in zip(rows, heights, strict=True):
+    draw.multiline_text((MARGIN, y), name, INK, font)
+    for column, pixels in enumerate(images):
+      x = MARGIN + side + column * (CELL + GAP)
+      pixels = Image.fromarray(np.clip(np.round(pixels), 0, 255).astype(np.uint8))
+      image.paste(pixels.resize((CELL, CELL), Image.Resampling.NEAREST), (x, y))
+      for number, line in enumerate(lines):
+        text, colour = line[column]
+        draw.text((x, y + CELL + 3 + number * (TEXT + 5)), _shorten(text, font), colour, font)
+    y += height
+  draw.text((MARGIN, y), "Below an image: its label, and what the network says through a batch "
+            "norm.", GREY, font)
+  x = MARGIN + side + 4 * (CELL + GAP)
+  draw.text((x, y), "blue: right", RIGHT, font)
+  draw.text((x + CELL, y), "vermilion: wrong", WRONG, font)
+  return image
+
+
+def _shorten(text: str, font: ImageFont.FreeTypeFont) -> str:
+  if font.getlength(text) <= CELL:
+    return text
+  while text and font.getlength(text + "...") > CELL:
+    text = text[:-1]
+  return text + "..."

@@ -1,0 +1,1 @@
+"""What any training code has: config, devices, checkpoints, metrics."""

@@ -1,0 +1,351 @@
+"""Checkpoints by Orbax: whole or not there, written beside the training.
+
+WORKDIR/checkpoints/<step> holds four items: `state` (a pytree of arrays), `iterator`, `config` and
+`metrics_of_step` (JSON), and a list of their files with checksums (integrity.py). All of it is
+written in a temporary folder, which gets its name, <step>, when it is complete.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import logging
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging as absl_logging
+from etils import epath
+
+from advprop_jax.runtime.errors import InputError
+from advprop_jax.runtime.integrity import DamagedError, brief, verify, write_manifest
+from advprop_jax.runtime.parallel import AXIS
+
+_METRICS = "metrics_of_step"   # "metrics" is a name that Orbax keeps for itself
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+  """What one checkpoint held.
+
+  Attributes:
+    step: the step that it was saved at.
+    state: the arrays, in the containers of the abstract state that was asked for.
+    iterator: the data iterator's state.
+    config: the resolved config of the run.
+    metrics: the metrics given to `save`, {} if there were none.
+  """
+
+  step: int
+  state: Any
+  iterator: dict[str, Any]
+  config: dict[str, Any]
+  metrics: dict[str, float]
+
+
+def replicated() -> jax.sharding.NamedSharding:
+  """The sharding that `parallel.pmap` gives its results, over all devices of all hosts.
+
+  A state that is put there at the start (`jax.device_put(state, replicated())`) or restored there
+  is donated without a copy, and the step compiles once; any other sharding makes it compile twice,
+  for the first step and for all others.
+  """
+  mesh = jax.sharding.Mesh(np.array(jax.devices()), (AXIS,))
+  return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+
+class Checkpoints:
+  """The checkpoints of one run: the newest `keep` and the best one.
+
+  Every process of a run makes one and calls the same methods in the same order. Use it as a context
+  manager, or call `close`: a save is finished only then.
+  """
+
+  def __init__(self, directory: str, keep: int = 1, best_metric: str | None = None,
+               write: bool = True):
+    """Opens a directory of checkpoints.
+
+    Args:
+      directory: made if it is not there and `write` is set.
+      keep: how many of the newest checkpoints stay, at least 1.
+      best_metric: the name, in the metrics given to `save`, of the one by which the best checkpoint
+        is kept as well, higher is better. A checkpoint saved without it is never the best, and
+        stays as long as it is among the newest.
+      write: False only reads, for evaluation: nothing is made, moved or cleaned up, so that it may
+        be used while a training writes to the same directory.
+
+    Raises:
+      InputError: the directory cannot be made or written.
+    """
+    if keep < 1:
+      raise InputError(f"checkpoint.keep is {keep}; at least 1 checkpoint must be kept.")
+    logging.getLogger("absl").addFilter(_without_orbax)   # adding it again changes nothing
+    self._directory = epath.Path(directory).absolute()
+    self._keep, self._best_metric, self._write = keep, best_metric, write
+    self._saving: int | None = None
+    self._metrics: dict[int, dict[str, float]] = {}
+    self._manager: ocp.CheckpointManager | None = None
+    if write or self._directory.exists():
+      self._open()
+
+  def __enter__(self) -> "Checkpoints":
+    return self
+
+  def __exit__(self, kind, error, traceback) -> None:
+    try:
+      self.close()
+    except InputError:
+      if error is None:   # or it would hide what went wrong first
+        raise
+
+  def _open(self) -> None:
+    options = ocp.CheckpointManagerOptions(
+        create=self._write, cleanup_tmp_directories=self._write,   # what a killed process left
+        preservation_policy=_NewestAndBest(self._keep, self._score),
+        async_options=ocp.AsyncOptions(post_finalization_callback=self._write_manifest),
+        lightweight_initialize=True,   # or one unreadable file would keep all others from us
+        save_root_metadata=False)
+    try:
+      self._manager = ocp.CheckpointManager(self._directory, options=options)
+      if self._write:
+        probe = self._directory / f".writable.{jax.process_index()}"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+      raise InputError(f"The checkpoint directory {self._directory} cannot be written "
+                       f"({brief(error)}); choose another --workdir.") from error
+    self._metrics = {step: self._read_metrics(step) for step in self._steps()}
+
+  def save(self, step: int, state: Any, iterator: dict[str, Any], config: dict[str, Any],
+           metrics: dict[str, float] | None = None) -> bool:
+    """Starts to save, and returns as soon as the state may be donated.
+
+    The state's memory may be given away at once: on an accelerator the arrays have been copied to
+    the host by then; on the CPU Orbax holds NumPy views of them, and XLA does not hand a buffer on
+    to a donated argument while a view of it lives (tested in tests/runtime/test_checkpoint.py).
+    The save before this one is waited for.
+
+    Args:
+      step: the number of updates that made this state.
+      state: any pytree of jax or NumPy arrays.
+      iterator: a JSON object, the same on every process.
+      config: a JSON object.
+      metrics: of this very state; needed only for `best_metric`.
+
+    Returns:
+      False if there is a checkpoint of this step already; it stays as it is.
+
+    Raises:
+      InputError: this save could not be started, or the one before it not finished (disk full);
+        the checkpoints before them are whole, and `save` may be tried again.
+    """
+    if step in self.steps():
+      return False
+    self._saving = step
+    self._metrics[step] = {name: float(value) for name, value in (metrics or {}).items()}
+    items = ocp.args.Composite(
+        state=ocp.args.PyTreeSave(state),
+        iterator=ocp.args.JsonSave(iterator),
+        config=ocp.args.JsonSave(config),
+        **{_METRICS: ocp.args.JsonSave(self._metrics[step])})
+    try:
+      self._manager.save(step, args=items, force=True)
+    except OSError as error:
+      raise self._failed(error) from error
+    return True
+
+  def wait(self) -> None:
+    """Waits until the save under way, if any, is whole on disk.
+
+    Raises:
+      InputError: it could not be written (disk full); the checkpoints before it are whole.
+    """
+    try:
+      if self._manager is not None:
+        self._manager.wait_until_finished()
+    except Exception as error:   # from threads that only write: of whatever type, it is that
+      raise self._failed(error) from error
+    self._saving = None
+
+  def close(self) -> None:
+    """Waits as `wait` does, and lets go of Orbax's threads; no further call is allowed."""
+    try:
+      self.wait()
+    finally:
+      if self._manager is not None:
+        self._manager.close()
+        self._manager = None
+
+  def _failed(self, error: Exception) -> InputError:
+    step, self._saving = self._saving, None
+    with contextlib.suppress(InputError):   # nothing can be written now, as the user will be told
+      self._open()   # forgets the failed save, and frees what it has taken of the disk
+    whole = ", ".join(map(str, self._steps()))
+    return InputError(
+        f"The checkpoint of step {step} could not be written to {self._directory} "
+        f"({brief(error)}); free some space or choose another --workdir "
+        + (f"(whole checkpoints there: step {whole})." if whole else "(there is no other yet)."))
+
+  def _write_manifest(self) -> None:
+    # Orbax calls it on process 0 when the items are written and before the folder gets its name, so
+    # that no checkpoint is without it. In a bucket, the folder has its name from the start.
+    step = str(self._saving)
+    temporary = self._directory.glob(f"{step}.orbax-checkpoint-tmp*")
+    write_manifest(next(temporary, self._directory / step))
+
+  def steps(self) -> list[int]:
+    """The steps of all checkpoints, rising; a save under way is waited for."""
+    self.wait()
+    return self._steps()
+
+  def _steps(self) -> list[int]:
+    return [] if self._manager is None else sorted(self._manager.all_steps())
+
+  def best_step(self) -> int | None:
+    """The step with the highest `best_metric`, None if no checkpoint has it."""
+    return next(iter(_ranked(self.steps(), self._score)), None)
+
+  def restore_latest(self, abstract_state: Any, partial: bool = False) -> Restored | None:
+    """Restores the newest checkpoint that is whole.
+
+    A damaged one on the way is reported in one sentence as a warning and, if we write, renamed to
+    `<step>.damaged`, so that the training can save at its step again.
+
+    Args:
+      abstract_state: a pytree of anything with shape and dtype (`jax.eval_shape` gives one); the
+        arrays come back `replicated()`.
+      partial: allows a dict of a part of the state, e.g. {"params": ..., "batch_stats": ...}; the
+        rest is not read.
+
+    Returns:
+      None if there is no checkpoint at all.
+
+    Raises:
+      InputError: none of the checkpoints can be read, or the newest is of another network.
+    """
+    return self._restore_first(self.steps()[::-1], abstract_state, partial)
+
+  def restore_best(self, abstract_state: Any, partial: bool = False) -> Restored | None:
+    """As `restore_latest`, by falling `best_metric`; those without it last, newest first."""
+    steps = self.steps()[::-1]
+    ranked = _ranked(steps, self._score)
+    others = [step for step in steps if step not in ranked]
+    return self._restore_first(ranked + others, abstract_state, partial)
+
+  def restore(self, step: int, abstract_state: Any, partial: bool = False) -> Restored:
+    """Restores one checkpoint.
+
+    Raises:
+      InputError: it is not there, damaged, or of another network.
+    """
+    if step not in self.steps():
+      there = ", ".join(map(str, self._steps())) or "none"
+      raise InputError(f"There is no checkpoint of step {step} in {self._directory} (steps: "
+                       f"{there}).")
+    try:
+      return self._restore_one(step, abstract_state, partial)
+    except DamagedError as error:
+      raise InputError(f"The checkpoint {self._directory / str(step)} is damaged ({error}); choose "
+                       "another step, or bring back a copy of it.") from error
+
+  def _restore_first(self, steps: Sequence[int], abstract_state: Any,
+                     partial: bool) -> Restored | None:
+    damaged = {}
+    for step in steps:
+      try:
+        restored = self._restore_one(step, abstract_state, partial)
+      except DamagedError as error:
+        damaged[step] = str(error)
+        continue
+      for bad, reason in damaged.items():
+        aside = self._move_aside(bad) if self._write else ""
+        logging.warning("The checkpoint %s is damaged (%s)%s; falling back to step %d.",
+                        self._directory / str(bad), reason, aside, step)
+      return restored
+    if damaged:
+      reasons = "; ".join(f"step {step}: {reason}" for step, reason in damaged.items())
+      raise InputError(f"None of the checkpoints in {self._directory} can be read ({reasons}); "
+                       "bring back a copy of one, or start again in an empty --workdir.")
+    return None
+
+  def _restore_one(self, step: int, abstract_state: Any, partial: bool) -> Restored:
+    directory = self._directory / str(step)
+    # With several hosts process 0 has to look and tell the others, or they would part ways here.
+    verify(directory)
+    place = replicated()
+    target = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), abstract_state)
+    _check_tree(directory, target, partial)
+    items = self._manager.restore(step, args=ocp.args.Composite(
+        state=ocp.args.PyTreeRestore(target, ocp.checkpoint_utils.construct_restore_args(target),
+                                     partial_restore=partial),
+        **{name: ocp.args.JsonRestore() for name in ("iterator", "config", _METRICS)}))
+    return Restored(step, items["state"], items["iterator"], items["config"], items[_METRICS])
+
+  def _move_aside(self, step: int) -> str:
+    names = (f"{step}.damaged{number or ''}" for number in itertools.count())
+    name = next(name for name in names if not (self._directory / name).exists())
+    (self._directory / str(step)).rename(self._directory / name)
+    self._manager.reload()
+    return f", moved to {name}"
+
+  def _read_metrics(self, step: int) -> dict[str, float]:
+    try:
+      items = ocp.args.Composite(**{_METRICS: ocp.args.JsonRestore()})
+      return dict(self._manager.restore(step, args=items)[_METRICS])
+    except Exception:   # damaged: not the best then, and `restore` will say so
+      return {}
+
+  def _score(self, step: int) -> float | None:
+    value = self._metrics.get(step, {}).get(self._best_metric)
+    return value if value is not None and math.isfinite(value) else None
+
+
+class _NewestAndBest(ocp.checkpoint_managers.PreservationPolicy):
+  """Keeps the newest `keep` checkpoints and the best one."""
+
+  def __init__(self, keep: int, score: Callable[[int], float | None]):
+    self._keep, self._score = keep, score
+
+  def should_preserve(self, checkpoints, *, context) -> list[bool]:
+    steps = sorted(checkpoint.step for checkpoint in checkpoints)
+    stay = {*steps[-self._keep:], *_ranked(steps, self._score)[:1]}
+    return [checkpoint.step in stay for checkpoint in checkpoints]
+
+
+def _ranked(steps: Sequence[int], score: Callable[[int], float | None]) -> list[int]:
+  """The steps that have a score, the best first, of equals the newest."""
+  scored = [step for step in steps if score(step) is not None]
+  return sorted(scored, key=lambda step: (score(step), step), reverse=True)
+
+
+def _leaves(tree: Any) -> dict[str, str]:
+  """Name -> "float32[3, 3]", the same for a dataclass and for the dicts that Orbax makes of it."""
+  return {jax.tree_util.keystr(path, simple=True, separator="/"):
+          f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"
+          for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+def _check_tree(directory: epath.Path, target: Any, partial: bool) -> None:
+  """Raises InputError if the checkpoint is not of this tree of shapes."""
+  saved = _leaves(ocp.PyTreeCheckpointHandler().metadata(directory / "state").tree)
+  wanted = _leaves(target)
+  faults = [f"{name} is {saved.get(name, 'not there')} instead of {kind}"
+            for name, kind in wanted.items() if saved.get(name) != kind]
+  if not partial:
+    faults += [f"{name} is {kind} and has no place" for name, kind in saved.items()
+               if name not in wanted]
+  if faults:
+    more = f" and {len(faults) - 10} more" if len(faults) > 10 else ""
+    raise InputError(f"The checkpoint {directory} is of another network or optimizer: "
+                     f"{'; '.join(faults[:10])}{more}; use its own config, or another --workdir.")
+
+
+def _without_orbax(record: logging.LogRecord) -> bool:
+  """Lets no record of Orbax pass unless absl is to log INFO (--verbosity=0).
+
+  Orbax logs every failure with its traceback before it raises it; the user gets one sentence.
+  """
+  return "orbax" not in record.pathname or absl_logging.get_verbosity() >= absl_logging.INFO

@@ -1,0 +1,76 @@
+"""A list of a folder's files with their sizes and checksums, to know later whether they are whole.
+
+Orbax alone is not enough: of a flipped byte in an array it makes other numbers without a word; of a
+truncated array, pages of traceback. With the list, damage is found before Orbax reads anything.
+"""
+
+import json
+import os
+import re
+import zlib
+from collections.abc import Iterator
+
+from etils import epath
+
+MANIFEST = "files.json"
+_CHUNK = 1 << 24   # bytes
+
+
+class DamagedError(Exception):
+  """A folder is not as it was written; the message is the reason, in a few words."""
+
+
+def write_manifest(directory: epath.Path) -> None:
+  """Writes MANIFEST: the size in bytes and the CRC-32 of every file in the folder's subfolders.
+
+  The files beside MANIFEST are not listed: they are Orbax's, who adds to them afterwards, and
+  nothing is read from them.
+  """
+  files = {str(path.relative_to(directory)): _size_and_crc(path)
+           for folder in directory.iterdir() if folder.is_dir() for path in _walk(folder)}
+  (directory / MANIFEST).write_text(json.dumps(files, indent=1))
+
+
+def verify(directory: epath.Path) -> None:
+  """Reads every file that MANIFEST lists.
+
+  Raises:
+    DamagedError: a file, or the list, is missing, has another size or another content.
+  """
+  try:
+    for name, (size, crc) in json.loads((directory / MANIFEST).read_text()).items():
+      found_size, found_crc = _size_and_crc(directory / name)
+      if found_size != size:
+        raise DamagedError(f"{name} has {found_size} bytes instead of {size}")
+      if found_crc != crc:
+        raise DamagedError(f"the content of {name} has changed")
+  except FileNotFoundError as error:
+    raise DamagedError(f"{epath.Path(error.filename).relative_to(directory)} is missing") from error
+  except (OSError, ValueError, AttributeError, TypeError) as error:
+    raise DamagedError(f"{MANIFEST} cannot be read: {brief(error)}") from error
+
+
+def brief(error: BaseException) -> str:
+  """What went wrong in a few words: the system's own, or the first line of the message."""
+  code = re.search(r"os_error_code='(\d+)'", str(error))   # deep in what TensorStore has to say
+  if code:
+    return os.strerror(int(code[1]))
+  text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+  line = text.strip().splitlines()[0]
+  return line if len(line) <= 200 else line[:200] + "..."
+
+
+def _walk(directory: epath.Path) -> Iterator[epath.Path]:
+  for path in sorted(directory.iterdir()):
+    if path.is_dir():
+      yield from _walk(path)
+    else:
+      yield path
+
+
+def _size_and_crc(path: epath.Path) -> list[int]:
+  size = crc = 0
+  with path.open("rb") as file:
+    while chunk := file.read(_CHUNK):
+      size, crc = size + len(chunk), zlib.crc32(chunk, crc)
+  return [size, crc]

@@ -1,0 +1,185 @@
+"""The training loop: data in, pmapped step, metrics out, checkpoints, evaluation."""
+
+import contextlib
+import functools
+import json
+import math
+import os
+from collections.abc import Callable
+
+import jax
+import ml_collections
+
+from advprop_jax.data import loader, transforms
+from advprop_jax.evaluate import (
+  BEST_METRIC,
+  CLEAN,
+  conclude,
+  create_evaluators,
+  refuse_other_config,
+)
+from advprop_jax.experiment import Experiment, create_experiment
+from advprop_jax.method.state import TrainState, create_train_state
+from advprop_jax.method.step import train_step
+from advprop_jax.models.batch_norm import drop_auxiliary
+from advprop_jax.runtime import parallel
+from advprop_jax.runtime.checkpoint import Checkpoints, replicated
+from advprop_jax.runtime.errors import InputError
+from advprop_jax.runtime.metrics import MetricsWriter, Progress, table, write_json
+
+
+def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
+  """Trains, or goes on where the newest checkpoint in workdir stands, and evaluates at the end.
+
+  Args:
+    config: see `runtime.config`.
+    workdir: made if it is not there. Takes config.json, checkpoints/, metrics.jsonl, tensorboard/,
+      summary.json and adversarial.png.
+
+  Returns:
+    The summary, as it was written to summary.json.
+
+  Raises:
+    InputError: config, data or workdir cannot work, or the loss is not finite.
+  """
+  experiment = create_experiment(config)
+  claim_workdir(experiment.config, workdir)
+  evaluators = create_evaluators(experiment)
+  with contextlib.ExitStack() as stack:
+    checkpoints = stack.enter_context(Checkpoints(
+        os.path.join(workdir, "checkpoints"), experiment.config.checkpoint.keep, BEST_METRIC))
+    state, batches = start_or_resume(experiment, checkpoints)
+    start = int(state.step)
+    if jax.process_index() == 0:
+      print(describe(experiment, state, workdir), flush=True)
+    writer = stack.enter_context(MetricsWriter(workdir, start))
+    progress = stack.enter_context(Progress(
+        experiment.total_steps, start, experiment.config.data.batch_size))
+    state = fit(experiment, state, batches, checkpoints, writer, progress, evaluators[CLEAN])
+  training = {"images_per_second": progress.images_per_second, "start_step": start}
+  return conclude(experiment, state.evaluation_variables, experiment.total_steps, workdir,
+                  evaluators, training)
+
+
+def fit(experiment: Experiment, state: TrainState, batches, checkpoints: Checkpoints,
+        writer: MetricsWriter, progress: Progress, evaluate_clean: Callable) -> TrainState:
+  """Runs the steps from the state's to the last one.
+
+  The metrics of a step are read while the next one runs, so that the device never waits for the
+  host.
+
+  Returns:
+    The state after the last step, which the newest checkpoint holds too.
+  """
+  total, log_every = experiment.total_steps, experiment.config.train.log_every
+  eval_every, save_every = experiment.every("eval"), experiment.every("checkpoint")
+  step_fn = parallel.pmap(functools.partial(train_step, experiment.method), donate_state=True)
+
+  def due(step, every):
+    return step == total or (every and step % every == 0)
+
+  def record(step, metrics):
+    metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    require_finite(step, metrics)
+    progress.update(step, metrics["loss"])
+    if due(step, log_every):
+      writer.write(step, {
+          **{f"train/{name}": value for name, value in metrics.items()},
+          "train/learning_rate": float(experiment.schedule(step - 1)),
+          "train/epoch": step / experiment.steps_per_epoch,
+          "train/images_per_second": progress.images_per_second})
+
+  unread = None
+  for step in range(int(state.step) + 1, total + 1):
+    state, metrics = step_fn(state, parallel.shard(next(batches)))
+    if unread:
+      record(*unread)
+    unread = (step, metrics)
+    if due(step, eval_every) or due(step, save_every) or parallel.wait_each_step():
+      record(*unread)
+      unread = None
+    results = None
+    if due(step, eval_every):
+      with progress.paused():
+        results = evaluate_clean(state.evaluation_variables)
+      writer.write(step, {"test/clean_top1": results["top1"], "test/clean_loss": results["loss"]})
+    if due(step, save_every):
+      checkpoints.save(step, state, batches.get_state(), experiment.config.to_dict(),
+                       results and {BEST_METRIC: results["top1"]})
+  return state
+
+
+def start_or_resume(experiment: Experiment, checkpoints: Checkpoints):
+  """The state and the batches of the newest whole checkpoint, or fresh ones."""
+  config, method = experiment.config, experiment.method
+  create = functools.partial(create_train_state, method.model, method.optimizer, config.seed,
+                             config.data.image_size, ema=config.train.ema_decay > 0)
+  batches = loader.training_batches(
+      experiment.train_source, batch_size=config.data.batch_size,
+      transform=transforms.training_transform(
+          config.data.image_size, config.data.augment, config.data.padding),
+      seed=config.seed, num_threads=config.data.num_threads,
+      process_index=jax.process_index(), process_count=jax.process_count())
+  restored = checkpoints.restore_latest(jax.eval_shape(create))
+  if restored is None:
+    return jax.device_put(create(), replicated()), batches
+  batches.set_state(restored.iterator)
+  return restored.state, batches
+
+
+def claim_workdir(config: ml_collections.ConfigDict, workdir: str) -> None:
+  """Writes config.json, or checks that the one there is the same.
+
+  Raises:
+    InputError: workdir cannot be written, or holds a run of another config.
+  """
+  path = os.path.join(workdir, "config.json")
+  try:
+    os.makedirs(workdir, exist_ok=True)
+    if os.path.exists(path):
+      with open(path) as file:
+        saved = json.load(file)
+      refuse_other_config(config, saved, workdir)
+    elif jax.process_index() == 0:
+      write_json(path, config.to_dict())
+  except (OSError, ValueError) as error:
+    raise InputError(f"--workdir={workdir}: cannot be used ({error}); give a folder that can be "
+                     "written") from error
+
+
+def require_finite(step: int, metrics: dict[str, float]) -> None:
+  """Raises an InputError if the loss of a step is infinite or not a number."""
+  if not math.isfinite(metrics["loss"]):
+    parts = ", ".join(f"{name} {value:g}" for name, value in metrics.items()
+                      if name.startswith("loss"))
+    raise InputError(f"step {step}: the loss is not finite ({parts}); the checkpoints before it "
+                     "are kept; try a lower config.optimizer.learning_rate")
+
+
+def describe(experiment: Experiment, state: TrainState, workdir: str) -> str:
+  """The summary that a run begins with, a plain-text table."""
+  config, attack = experiment.config, experiment.method.attack
+  count = functools.partial(jax.tree.reduce, lambda total, x: total + x.size, initializer=0)
+  main = count(drop_auxiliary(state.variables)["params"])
+  attacked = any(part.attacked for part in experiment.method.scheme.parts)
+  rows = [
+      ["network", f"{config.model.name}, {config.data.image_size} px, {config.model.dtype}"],
+      ["parameters", f"{main:,}, and {count(state.params) - main:,} of auxiliary batch norms"],
+      ["scheme", f"{config.scheme}: " + " + ".join(
+          f"{part.weight:g} x L({part.name}; BN {part.domain})"
+          for part in experiment.method.scheme.parts)],
+      ["attack", f"{attack.name}-{attack.num_steps}, epsilon {attack.epsilon:g}, step "
+                 f"{attack.step_size:g} (0-255), {attack.statistics} statistics"
+       if attacked else None],
+      ["data", f"{config.data.name}: {len(experiment.train_source):,} train, "
+               f"{len(experiment.test_source):,} test, {experiment.train_source.num_classes} "
+               "classes"],
+      ["optimizer", f"{config.optimizer.name}, learning rate {config.optimizer.learning_rate:g}, "
+                    f"{config.optimizer.schedule}"],
+      ["steps", f"{int(state.step):,} of {experiment.total_steps:,} done, {config.data.batch_size} "
+                f"images each, {experiment.steps_per_epoch:.1f} an epoch"],
+      ["devices", f"{jax.device_count()} x {jax.devices()[0].device_kind}, "
+                  f"{jax.process_count()} process(es)"],
+      ["workdir", workdir],
+  ]
+  return table(rows)
