@@ -81,8 +81,8 @@ def create_experiment(config: ml_collections.ConfigDict) -> Experiment:
 def resolve(config: ml_collections.ConfigDict) -> ml_collections.FrozenConfigDict:
   """A frozen config in which what depends on the network is set."""
   config = ml_collections.ConfigDict(config)
-  if config.get("data") and config.data.get("image_size") is None and models.is_known(
-      config.model.name):
+  if config.get("data") and config.data.get("image_size") is None and (
+      config.model.name.removeprefix("tf_") in models.NAMES):
     config.data.image_size = models.image_size(config.model.name)
   return ml_collections.FrozenConfigDict(config)
 

@@ -56,7 +56,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
     progress = stack.enter_context(Progress(
         experiment.total_steps, start, experiment.config.data.batch_size))
     state = fit(experiment, state, batches, checkpoints, writer, progress, evaluators[CLEAN])
-  training = {"images_per_second": progress.images_per_second, "start_step": start}
+  training = {"images_per_second": progress.images_per_second(), "start_step": start}
   return conclude(experiment, state.evaluation_variables, experiment.total_steps, workdir,
                   evaluators, training)
 
@@ -81,13 +81,14 @@ def fit(experiment: Experiment, state: TrainState, batches, checkpoints: Checkpo
   def record(step, metrics):
     metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
     require_finite(step, metrics)
-    progress.update(step, metrics["loss"])
+    progress.update(step, loss=metrics["loss"])
     if due(step, log_every):
+      speed = progress.images_per_second()
       writer.write(step, {
           **{f"train/{name}": value for name, value in metrics.items()},
           "train/learning_rate": float(experiment.schedule(step - 1)),
           "train/epoch": step / experiment.steps_per_epoch,
-          "train/images_per_second": progress.images_per_second})
+          **({} if speed is None else {"train/images_per_second": speed})})
 
   unread = None
   for step in range(int(state.step) + 1, total + 1):
@@ -122,7 +123,7 @@ def start_or_resume(experiment: Experiment, checkpoints: Checkpoints):
       process_index=jax.process_index(), process_count=jax.process_count())
   restored = checkpoints.restore_latest(jax.eval_shape(create))
   if restored is None:
-    return jax.device_put(create(), replicated()), batches
+    return jax.device_put(parallel.run_once(create), replicated()), batches
   batches.set_state(restored.iterator)
   return restored.state, batches
 
@@ -182,4 +183,4 @@ def describe(experiment: Experiment, state: TrainState, workdir: str) -> str:
                   f"{jax.process_count()} process(es)"],
       ["workdir", workdir],
   ]
-  return table(rows)
+  return table(rows, ["run", ""])

@@ -155,7 +155,7 @@ class KeptRecords:
 def decode(image: bytes) -> np.ndarray:
   """Decodes an image file of any format and colour mode to uint8 (h, w, 3), grey repeated."""
   with Image.open(io.BytesIO(image)) as opened:
-    return np.array(opened.convert("RGB"))
+    return np.asarray(opened.convert("RGB"))
 
 
 def _undecoded(builder: tfds.core.DatasetBuilder, split: str) -> Sequence[dict[str, Any]]:

@@ -59,6 +59,7 @@ def pgd(loss: Loss, images: jax.Array, keys: jax.Array, attack: Attack) -> jax.A
     Adversarial images, (n, h, w, 3), in [-1, 1] and in the ball, both exactly. No gradient flows
     back through them.
   """
+  images = jax.lax.stop_gradient(images)
   lower, upper = bounds(images, PIXEL * attack.epsilon)
   noise = random_start(images.shape[1:], keys, PIXEL * attack.epsilon, attack.clean_start)
 
@@ -85,9 +86,10 @@ def random_start(shape: tuple[int, ...], keys: jax.Array, epsilon: float,
                  clean_start: float = 0.0) -> jax.Array:
   """Uniform noise in the ball, (n, *shape), all zero for an image with probability clean_start."""
   def draw(key):
-    noise_key, clean_key = jax.random.split(key)
-    noise = jax.random.uniform(noise_key, shape, jnp.float32, -epsilon, epsilon)
-    return jnp.where(jax.random.bernoulli(clean_key, clean_start), 0, noise)
+    noise = jax.random.uniform(key, shape, jnp.float32, -epsilon, epsilon)
+    if clean_start == 0:
+      return noise
+    return jnp.where(jax.random.bernoulli(jax.random.fold_in(key, 2), clean_start), 0, noise)
 
   return jax.vmap(draw)(keys)
 

@@ -54,15 +54,11 @@ def create_train_state(model: nn.Module, optimizer: optax.GradientTransformation
     ema: whether moving averages are kept.
   """
   init_key, key = jax.random.split(jax.random.PRNGKey(seed))
-
-  def create(init_key, key):
-    variables = model.init(init_key, jnp.zeros((1, image_size, image_size, 3)))
-    batch_stats = {name: value for name, value in variables.items() if name != "params"}
-    return TrainState(step=jnp.zeros((), jnp.int32), params=variables["params"],
-                      batch_stats=batch_stats, ema=variables if ema else {},
-                      opt_state=optimizer.init(variables["params"]), key=key)
-
-  return jax.jit(create)(init_key, key)
+  variables = model.init(init_key, jnp.zeros((1, image_size, image_size, 3)))
+  batch_stats = {name: value for name, value in variables.items() if name != "params"}
+  return TrainState(step=jnp.zeros((), jnp.int32), params=variables["params"],
+                    batch_stats=batch_stats, ema=variables if ema else {},
+                    opt_state=optimizer.init(variables["params"]), key=key)
 
 
 def update_ema(ema: dict, variables: dict, step: jax.Array, decay: float) -> dict:

@@ -18,8 +18,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-# Partial sums that the weight gradient on the CPU adds up before it reduces them (see _fold).
-_PARTIAL_SUMS = 8
+# On the CPU: in how many parts a batch is convolved, and is summed up for the weight gradient.
+_GROUPS = 8
+_SUMS = 16
 
 
 def kernel_init(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -> jax.Array:
@@ -86,7 +87,9 @@ class Pointwise(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     kernel = self.param("kernel", kernel_init, (1, 1, x.shape[-1], self.features), jnp.float32)
-    y = x.astype(self.dtype) @ kernel[0, 0].astype(self.dtype)
+    # Two axes: the weight gradient of more than two copies its input, transposed, on the CPU.
+    flat = x.astype(self.dtype).reshape(-1, x.shape[-1])
+    y = (flat @ kernel[0, 0].astype(self.dtype)).reshape(*x.shape[:-1], self.features)
     if self.use_bias:
       bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
       y += bias.astype(self.dtype)
@@ -160,79 +163,94 @@ def depthwise_native(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
 def depthwise_shifted(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
   """`depthwise` as a sum over the kernel's taps, in float32: the form for the CPU."""
   size = len(kernel)
-  image, height, width = _padded(x, size, stride)
-  y = sum(_window(image, i, j, height, width, stride) * kernel[i, j, 0].astype(jnp.float32)
-          for i in range(size) for j in range(size))
-  return y.astype(x.dtype)
+  height, width = _result_size(x.shape, stride)
+  taps = kernel.astype(jnp.float32)
+
+  def convolve(images):
+    images = _padded(images, size, stride)
+    return sum(_window(images, i, j, height, width, stride) * taps[i, j, 0]
+               for i in range(size) for j in range(size))
+
+  return _in_groups(convolve, x).astype(x.dtype)
 
 
 def _shifted_input_gradient(gradient, kernel, stride, shape):
   """Each of the stride x stride phases of the image is a sum over the taps that reach it."""
-  size = len(kernel)
+  size, taps = len(kernel), kernel.astype(jnp.float32)
   (top, _), (left, _) = (_padding(length, size, stride) for length in shape[1:3])
-  height, width = (-(-length // stride) for length in shape[1:3])
-  # Row r of the image meets tap i in output row (r + top - i) / stride: from -margin upwards.
+  height, width = _result_size(shape, stride)
+  # Row r of the image meets tap i in row (r + top - i) / stride of the result: from -margin on.
   margin = (size - 1) // stride + 1
-  edges = (margin, margin)
-  padded = jax.lax.optimization_barrier(
-      jnp.pad(gradient.astype(jnp.float32), ((0, 0), edges, edges, (0, 0))))
 
-  def phase(p, q):
-    terms = [
-        _window(padded, margin + (p + top - i) // stride, margin + (q + left - j) // stride,
-                height, width, 1) * kernel[i, j, 0].astype(jnp.float32)
-        for i in range(size) if (p + top - i) % stride == 0
-        for j in range(size) if (q + left - j) % stride == 0]
-    return sum(terms) if terms else jnp.zeros((shape[0], height, width, shape[3]))
+  def phase(gradient, p, q):
+    terms = [_window(gradient, margin + (p + top - i) // stride, margin + (q + left - j) // stride,
+                     height, width, 1) * taps[i, j, 0]
+             for i in range(size) if (p + top - i) % stride == 0
+             for j in range(size) if (q + left - j) % stride == 0]
+    return sum(terms) if terms else jnp.zeros((len(gradient), height, width, shape[3]))
 
-  if stride == 1:
-    return phase(0, 0)
-  rows = [jnp.stack([phase(p, q) for q in range(stride)], 3) for p in range(stride)]
-  image = jnp.stack(rows, 2).reshape(shape[0], height * stride, width * stride, shape[3])
-  return image[:, :shape[1], :shape[2]]
+  def convolve(gradient):
+    gradient = jnp.pad(gradient.astype(jnp.float32), ((0, 0), *[(margin, margin)] * 2, (0, 0)))
+    rows = [jnp.stack([phase(gradient, p, q) for q in range(stride)], 3) for p in range(stride)]
+    image = jnp.stack(rows, 2).reshape(-1, height * stride, width * stride, shape[3])
+    return image[:, :shape[1], :shape[2]]
+
+  return _in_groups(convolve, gradient)
 
 
 def _shifted_kernel_gradient(gradient, x, stride, shape):
   """Per tap: the channels' inner products of the gradient and the shifted image."""
-  size = shape[0]
-  image, height, width = _padded(x, size, stride)
-  parts = min(_PARTIAL_SUMS, len(x))
-  image, gradient = _fold(image, parts), _fold(gradient.astype(jnp.float32), parts)
+  size, (height, width) = shape[0], _result_size(x.shape, stride)
+  images = _groups(_padded(x, size, stride), _SUMS)
+  gradient = _groups(gradient.astype(jnp.float32), _SUMS)
 
-  def tap(i, j):
-    # XLA's reduction of a 4-d window is slow on the CPU: add up whole parts elementwise, and
-    # leave the rest, an eighth, to a matrix product.
-    products = sum(_window(image[part], i, j, height, width, stride) * gradient[part]
-                   for part in range(parts))
-    products = jax.lax.optimization_barrier(products).reshape(-1, shape[3])
+  def row(i):
+    rows = jax.lax.dynamic_slice_in_dim(images, i, (height - 1) * stride + 1, 2)
+    return jnp.stack([tap(rows, j) for j in range(size)])
+
+  def tap(rows, j):
+    # XLA's reduction of a 4-d window is slow on the CPU: add up the groups elementwise, and leave
+    # the rest to a matrix product.
+    products = sum(_window(rows[group], 0, j, height, width, stride) * gradient[group]
+                   for group in range(len(images))).reshape(-1, shape[3])
     return (jnp.ones((1, len(products))) @ products)[0]
 
-  return jnp.stack([tap(i, j) for i in range(size) for j in range(size)]).reshape(shape)
+  return jax.lax.map(row, jnp.arange(size)).reshape(shape)
 
 
-def _fold(x, parts):
-  """(n, ...) -> (parts, ceil(n / parts), ...), filled up with zeros."""
-  missing = -len(x) % parts
+def _in_groups(function, x):
+  """function(x), some images at a time.
+
+  The loop is a fence: without it XLA, which keeps no optimization_barrier on the CPU, computes all
+  taps again in each of the operations that read the result.
+  """
+  y = jax.lax.map(function, _groups(x, _GROUPS))
+  return y.reshape(-1, *y.shape[2:])[:len(x)]
+
+
+def _groups(x, groups):
+  """(n, ...) -> (at most `groups`, images of a group, ...), filled up with zeros."""
+  images = -(-len(x) // groups)
+  missing = -len(x) % images
   if missing:
     x = jnp.pad(x, ((0, missing), *[(0, 0)] * (x.ndim - 1)))
-  return x.reshape(parts, -1, *x.shape[1:])
+  return x.reshape(-1, images, *x.shape[1:])
 
 
 def _padded(x, size, stride):
-  """The padded image in float32, with height and width of the result.
-
-  The barrier keeps XLA from computing what comes before, a swish, again for each tap.
-  """
+  """The images in float32, padded as 'SAME' wants it."""
   padding = [_padding(length, size, stride) for length in x.shape[1:3]]
-  image = jnp.pad(x.astype(jnp.float32), ((0, 0), *padding, (0, 0)))
-  height, width = (-(-length // stride) for length in x.shape[1:3])
-  return jax.lax.optimization_barrier(image), height, width
+  return jnp.pad(x.astype(jnp.float32), ((0, 0), *padding, (0, 0)))
 
 
 def _padding(length, size, stride):
   """TensorFlow's 'SAME': (before, after) along an axis of this length."""
   total = max((-(-length // stride) - 1) * stride + size - length, 0)
   return total // 2, total - total // 2
+
+
+def _result_size(shape, stride):
+  return -(-shape[1] // stride), -(-shape[2] // stride)
 
 
 def _window(image, i, j, height, width, stride):

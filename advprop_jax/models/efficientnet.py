@@ -96,14 +96,15 @@ _LITE_SCALES = {
 }
 
 # Not a published network: B0's blocks for images of 28 to 64 pixels on a CPU. Full resolution has
-# few channels, and most parameters are where the feature map is 7 x 7.
+# few channels, and most parameters are where the feature map is 4 x 4.
 _TINY = Architecture(
     image_size=28, stem=16, stem_stride=1, head=256, dropout_rate=0.2, drop_path_rate=0.1,
     stages=(
         Stage(1, 3, 2, 1, 16, 16),
-        Stage(2, 3, 1, 4, 16, 24),
-        Stage(2, 5, 2, 4, 24, 48),
-        Stage(3, 5, 1, 4, 48, 64),
+        Stage(1, 3, 2, 4, 16, 24),
+        Stage(2, 3, 1, 4, 24, 40),
+        Stage(1, 3, 2, 4, 40, 80),
+        Stage(2, 3, 1, 4, 80, 96),
     ))
 
 

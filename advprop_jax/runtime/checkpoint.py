@@ -8,8 +8,10 @@ written in a temporary folder, which gets its name, <step>, when it is complete.
 import contextlib
 import dataclasses
 import itertools
+import json
 import logging
 import math
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,7 +22,7 @@ from absl import logging as absl_logging
 from etils import epath
 
 from advprop_jax.runtime.errors import InputError
-from advprop_jax.runtime.integrity import DamagedError, brief, verify, write_manifest
+from advprop_jax.runtime.integrity import DamagedError, brief, check_tree, verify, write_manifest
 from advprop_jax.runtime.parallel import AXIS
 
 _METRICS = "metrics_of_step"   # "metrics" is a name that Orbax keeps for itself
@@ -31,11 +33,9 @@ class Restored:
   """What one checkpoint held.
 
   Attributes:
-    step: the step that it was saved at.
+    step, iterator, config: as given to `save`.
     state: the arrays, in the containers of the abstract state that was asked for.
-    iterator: the data iterator's state.
-    config: the resolved config of the run.
-    metrics: the metrics given to `save`, {} if there were none.
+    metrics: as given to `save`, {} if none were.
   """
 
   step: int
@@ -45,14 +45,14 @@ class Restored:
   metrics: dict[str, float]
 
 
-def replicated() -> jax.sharding.NamedSharding:
-  """The sharding that `parallel.pmap` gives its results, over all devices of all hosts.
+def replicated(devices: Sequence[jax.Device] | None = None) -> jax.sharding.NamedSharding:
+  """The sharding that `parallel.pmap` gives its results: a copy on each device of this process.
 
   A state that is put there at the start (`jax.device_put(state, replicated())`) or restored there
   is donated without a copy, and the step compiles once; any other sharding makes it compile twice,
   for the first step and for all others.
   """
-  mesh = jax.sharding.Mesh(np.array(jax.devices()), (AXIS,))
+  mesh = jax.sharding.Mesh(np.array(devices or jax.local_devices()), (AXIS,))
   return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
 
@@ -63,8 +63,8 @@ class Checkpoints:
   manager, or call `close`: a save is finished only then.
   """
 
-  def __init__(self, directory: str, keep: int = 1, best_metric: str | None = None,
-               write: bool = True):
+  def __init__(self, directory: str | os.PathLike, keep: int = 1,
+               best_metric: str | None = None, write: bool = True):
     """Opens a directory of checkpoints.
 
     Args:
@@ -105,8 +105,7 @@ class Checkpoints:
         create=self._write, cleanup_tmp_directories=self._write,   # what a killed process left
         preservation_policy=_NewestAndBest(self._keep, self._score),
         async_options=ocp.AsyncOptions(post_finalization_callback=self._write_manifest),
-        lightweight_initialize=True,   # or one unreadable file would keep all others from us
-        save_root_metadata=False)
+        lightweight_initialize=True, save_root_metadata=False)   # nothing of it is needed
     try:
       self._manager = ocp.CheckpointManager(self._directory, options=options)
       if self._write:
@@ -122,9 +121,8 @@ class Checkpoints:
            metrics: dict[str, float] | None = None) -> bool:
     """Starts to save, and returns as soon as the state may be donated.
 
-    The state's memory may be given away at once: on an accelerator the arrays have been copied to
-    the host by then; on the CPU Orbax holds NumPy views of them, and XLA does not hand a buffer on
-    to a donated argument while a view of it lives (tested in tests/runtime/test_checkpoint.py).
+    On an accelerator the arrays have been copied to the host by then; on the CPU Orbax holds NumPy
+    views of them, and XLA gives a donated buffer to no one else while a view of it lives (tested).
     The save before this one is waited for.
 
     Args:
@@ -140,13 +138,15 @@ class Checkpoints:
     Raises:
       InputError: this save could not be started, or the one before it not finished (disk full);
         the checkpoints before them are whole, and `save` may be tried again.
+      TypeError: iterator or config is no JSON.
     """
     if step in self.steps():
       return False
+    json.dumps([iterator, config])   # raises here what Orbax's thread would raise, less clearly
     self._saving = step
     self._metrics[step] = {name: float(value) for name, value in (metrics or {}).items()}
     items = ocp.args.Composite(
-        state=ocp.args.PyTreeSave(state),
+        state=ocp.args.PyTreeSave(_with_sharding(state, replicated(jax.devices()))),
         iterator=ocp.args.JsonSave(iterator),
         config=ocp.args.JsonSave(config),
         **{_METRICS: ocp.args.JsonSave(self._metrics[step])})
@@ -157,11 +157,7 @@ class Checkpoints:
     return True
 
   def wait(self) -> None:
-    """Waits until the save under way, if any, is whole on disk.
-
-    Raises:
-      InputError: it could not be written (disk full); the checkpoints before it are whole.
-    """
+    """Waits until the save under way, if any, is whole on disk; raises InputError if it failed."""
     try:
       if self._manager is not None:
         self._manager.wait_until_finished()
@@ -182,11 +178,9 @@ class Checkpoints:
     step, self._saving = self._saving, None
     with contextlib.suppress(InputError):   # nothing can be written now, as the user will be told
       self._open()   # forgets the failed save, and frees what it has taken of the disk
-    whole = ", ".join(map(str, self._steps()))
-    return InputError(
-        f"The checkpoint of step {step} could not be written to {self._directory} "
-        f"({brief(error)}); free some space or choose another --workdir "
-        + (f"(whole checkpoints there: step {whole})." if whole else "(there is no other yet)."))
+    return InputError(f"The checkpoint of step {step} could not be written to {self._directory} "
+                      f"({brief(error)}); free some space or choose another --workdir (whole "
+                      f"checkpoints there: {self._listed()}).")
 
   def _write_manifest(self) -> None:
     # Orbax calls it on process 0 when the items are written and before the folder gets its name, so
@@ -202,6 +196,9 @@ class Checkpoints:
 
   def _steps(self) -> list[int]:
     return [] if self._manager is None else sorted(self._manager.all_steps())
+
+  def _listed(self) -> str:
+    return ", ".join(map(str, self._steps())) or "none"
 
   def best_step(self) -> int | None:
     """The step with the highest `best_metric`, None if no checkpoint has it."""
@@ -241,9 +238,8 @@ class Checkpoints:
       InputError: it is not there, damaged, or of another network.
     """
     if step not in self.steps():
-      there = ", ".join(map(str, self._steps())) or "none"
-      raise InputError(f"There is no checkpoint of step {step} in {self._directory} (steps: "
-                       f"{there}).")
+      raise InputError(f"There is no checkpoint of step {step} in {self._directory} (those there: "
+                       f"{self._listed()}).")
     try:
       return self._restore_one(step, abstract_state, partial)
     except DamagedError as error:
@@ -274,15 +270,16 @@ class Checkpoints:
     directory = self._directory / str(step)
     # With several hosts process 0 has to look and tell the others, or they would part ways here.
     verify(directory)
-    place = replicated()
+    place = replicated(jax.devices())
     target = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), abstract_state)
-    _check_tree(directory, target, partial)
+    check_tree(directory, target, partial)
     items = self._manager.restore(step, args=ocp.args.Composite(
         state=ocp.args.PyTreeRestore(target, ocp.checkpoint_utils.construct_restore_args(target),
                                      partial_restore=partial),
         **{name: ocp.args.JsonRestore() for name in ("iterator", "config", _METRICS)}))
-    return Restored(step, items["state"], items["iterator"], items["config"], items[_METRICS])
+    return Restored(step, _with_sharding(items["state"], replicated()), items["iterator"],
+                    items["config"], items[_METRICS])
 
   def _move_aside(self, step: int) -> str:
     names = (f"{step}.damaged{number or ''}" for number in itertools.count())
@@ -315,32 +312,18 @@ class _NewestAndBest(ocp.checkpoint_managers.PreservationPolicy):
     return [checkpoint.step in stay for checkpoint in checkpoints]
 
 
+def _with_sharding(state: Any, sharding: jax.sharding.NamedSharding) -> Any:
+  """Between pmap's arrays, on the devices of one process, and Orbax's, on those of all; no copy."""
+  if jax.process_count() == 1:
+    return state
+  return jax.tree.map(lambda x: jax.make_array_from_single_device_arrays(
+      x.shape, sharding, [shard.data for shard in x.addressable_shards]), state)
+
+
 def _ranked(steps: Sequence[int], score: Callable[[int], float | None]) -> list[int]:
   """The steps that have a score, the best first, of equals the newest."""
   scored = [step for step in steps if score(step) is not None]
   return sorted(scored, key=lambda step: (score(step), step), reverse=True)
-
-
-def _leaves(tree: Any) -> dict[str, str]:
-  """Name -> "float32[3, 3]", the same for a dataclass and for the dicts that Orbax makes of it."""
-  return {jax.tree_util.keystr(path, simple=True, separator="/"):
-          f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"
-          for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
-
-
-def _check_tree(directory: epath.Path, target: Any, partial: bool) -> None:
-  """Raises InputError if the checkpoint is not of this tree of shapes."""
-  saved = _leaves(ocp.PyTreeCheckpointHandler().metadata(directory / "state").tree)
-  wanted = _leaves(target)
-  faults = [f"{name} is {saved.get(name, 'not there')} instead of {kind}"
-            for name, kind in wanted.items() if saved.get(name) != kind]
-  if not partial:
-    faults += [f"{name} is {kind} and has no place" for name, kind in saved.items()
-               if name not in wanted]
-  if faults:
-    more = f" and {len(faults) - 10} more" if len(faults) > 10 else ""
-    raise InputError(f"The checkpoint {directory} is of another network or optimizer: "
-                     f"{'; '.join(faults[:10])}{more}; use its own config, or another --workdir.")
 
 
 def _without_orbax(record: logging.LogRecord) -> bool:

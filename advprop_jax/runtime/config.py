@@ -142,6 +142,7 @@ FIELDS = {
     "eval.every_epochs": Field(1.0, float, "between two evaluations on clean images; 0: at the "
                                "end alone", NOT_NEGATIVE),
     "eval.every_steps": Field(None, int, "in place of every_epochs", NOT_NEGATIVE),
+    "eval.checkpoint": Field("newest", str, "of --mode=evaluate", one_of(("newest", "best"))),
     "eval.epsilon": Field(None, float, "of the final attack; not set: the training's",
                           NOT_NEGATIVE),
     "eval.step_size": Field(None, float, "of the final attack; not set: the training's",

@@ -1,7 +1,8 @@
-"""A list of a folder's files with their sizes and checksums, to know later whether they are whole.
+"""What has to be known of a checkpoint before it is read: that it is whole, and of this network.
 
 Orbax alone is not enough: of a flipped byte in an array it makes other numbers without a word; of a
-truncated array, pages of traceback. With the list, damage is found before Orbax reads anything.
+truncated array, pages of traceback. So the files of a checkpoint are listed with their sizes and
+checksums, and damage is found before Orbax reads anything.
 """
 
 import json
@@ -9,8 +10,14 @@ import os
 import re
 import zlib
 from collections.abc import Iterator
+from typing import Any
 
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
 from etils import epath
+
+from advprop_jax.runtime.errors import InputError
 
 MANIFEST = "files.json"
 _CHUNK = 1 << 24   # bytes
@@ -48,6 +55,37 @@ def verify(directory: epath.Path) -> None:
     raise DamagedError(f"{epath.Path(error.filename).relative_to(directory)} is missing") from error
   except (OSError, ValueError, AttributeError, TypeError) as error:
     raise DamagedError(f"{MANIFEST} cannot be read: {brief(error)}") from error
+
+
+def check_tree(directory: epath.Path, target: Any, partial: bool) -> None:
+  """Compares the names, types and shapes of a checkpoint's arrays with those wanted.
+
+  Args:
+    directory: of one checkpoint.
+    target: a pytree of anything with shape and dtype.
+    partial: the checkpoint may hold more.
+
+  Raises:
+    InputError: they differ; the message lists at most ten arrays.
+  """
+  saved = _leaves(ocp.PyTreeCheckpointHandler().metadata(directory / "state").tree)
+  wanted = _leaves(target)
+  faults = [f"{name} is {saved.get(name, 'not there')} instead of {kind}"
+            for name, kind in wanted.items() if saved.get(name) != kind]
+  if not partial:
+    faults += [f"{name} is {kind} and has no place" for name, kind in saved.items()
+               if name not in wanted]
+  if faults:
+    more = f" and {len(faults) - 10} more" if len(faults) > 10 else ""
+    raise InputError(f"The checkpoint {directory} is of another network or optimizer: "
+                     f"{'; '.join(faults[:10])}{more}; use its own config, or another --workdir.")
+
+
+def _leaves(tree: Any) -> dict[str, str]:
+  """Name -> "float32[3, 3]", the same for a dataclass and for the dicts that Orbax makes of it."""
+  return {jax.tree_util.keystr(path, simple=True, separator="/"):
+          f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"
+          for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
 def brief(error: BaseException) -> str:

@@ -142,8 +142,9 @@ class Progress:
     self._total, self._images, self._clock = total_steps, images_per_step, clock
     self._stream = stream or sys.stderr
     self._step = start_step
-    self._first: tuple[int, float] | None = None   # step and time when the first update was done
-    self._line_time = -math.inf
+    self._first: tuple[int, float] | None = None   # the first update: its step and when it was done
+    self._pauses = 0.0   # seconds of all pauses so far
+    self._time = self._line_time = -math.inf   # of the last update, of the last line
     self._bar = None
     if self._stream.isatty():
       self._bar = tqdm(total=total_steps, initial=start_step, file=self._stream, dynamic_ncols=True,
@@ -163,9 +164,9 @@ class Progress:
       **values: what to show, e.g. loss=2.31.
     """
     now = self._clock()
+    self._step, self._time = step, now - self._pauses
     if self._first is None:
-      self._first = (step, now)   # the time before went into compiling
-    self._step = step
+      self._first = (step, self._time)   # the time before went into compiling
     text = ", ".join([*(f"{name} {value:.4g}" for name, value in values.items()), *self._speed()])
     if self._bar is not None:
       self._bar.set_postfix_str(text, refresh=False)
@@ -190,7 +191,7 @@ class Progress:
     if self._first is None or self._step <= self._first[0]:
       return None
     step, start = self._first
-    return (self._step - step) * self._images / max(self._clock() - start, 1e-9)
+    return (self._step - step) * self._images / max(self._time - start, 1e-9)
 
   @contextlib.contextmanager
   def paused(self) -> Iterator[None]:
@@ -199,8 +200,7 @@ class Progress:
     try:
       yield
     finally:
-      if self._first is not None:
-        self._first = (self._first[0], self._first[1] + self._clock() - start)
+      self._pauses += self._clock() - start
 
   def note(self, text: str) -> None:
     """Prints a line of its own, without breaking the bar."""

@@ -202,3 +202,16 @@ def test_a_batch_that_processes_cannot_share(batches):
     batches(batch_size=10, process_count=4)
   with pytest.raises(InputError, match=r"data\.batch_size=0 .*such as 2"):
     batches(batch_size=0, process_count=2)
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+def test_a_record_that_cannot_be_read_stops_the_stream_with_its_sentence(threads):
+  class Broken(list):
+    def __getitem__(self, index):
+      if index == 3:
+        raise InputError("record 3 does not decode")
+      return super().__getitem__(index)
+
+  source = Source("broken", "train", ("one",), Broken(numbered(8).records))
+  with pytest.raises(InputError, match="record 3 does not decode"):
+    take(training(source, batch_size=8, num_threads=threads), 2)

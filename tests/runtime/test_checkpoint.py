@@ -169,6 +169,14 @@ def test_an_asynchronous_save_is_not_changed_by_donated_updates(tmp_path):
       assert same(checkpoints.restore_latest(expected).state, expected), seed
 
 
+def test_what_is_no_json_is_a_bug_and_no_full_disk(tmp_path):
+  with Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(1, make_state(), ITERATOR, CONFIG)
+    with pytest.raises(TypeError, match="not JSON serializable"):
+      checkpoints.save(2, make_state(), ITERATOR, {"function": print})
+    assert checkpoints.restore_latest(make_state()).step == 1
+
+
 # ------------------------------------------------------------------------------------ which stay
 
 
@@ -327,7 +335,7 @@ def test_a_damaged_best_falls_back_to_the_next_best(tmp_path):
     assert checkpoints.restore_latest(state).step == 2
     with pytest.raises(InputError, match="_METADATA has changed"):
       checkpoints.restore(1, state)
-    with pytest.raises(InputError, match=r"no checkpoint of step 8 .*steps: 0, 1, 2"):
+    with pytest.raises(InputError, match=r"no checkpoint of step 8 .*there: 0, 1, 2"):
       checkpoints.restore(8, state)
   assert (tmp_path / "1").is_dir()   # who only reads moves nothing
 
@@ -419,6 +427,6 @@ def test_a_full_disk_is_one_sentence_and_earlier_checkpoints_stay_whole(tmp_path
     assert error.startswith(f"The checkpoint of step {step} could not be written to {tmp_path} "
                             "(File too large); ")
     assert "free some space" in error
-    assert error.endswith("(whole checkpoints there: step 1).")
+    assert error.endswith("(whole checkpoints there: 1).")
     assert "\n" not in error
   assert [path.name for path in tmp_path.iterdir()] == ["3"]

@@ -1,6 +1,7 @@
 """What a person sees of a run: metrics.jsonl, TensorBoard, progress, tables and JSON files."""
 
 import contextlib
+import errno
 import fcntl
 import io
 import json
@@ -170,6 +171,8 @@ def test_speed_leaves_out_the_first_step_and_pauses():
   clock = Clock()
   progress = Progress(100, start_step=10, images_per_step=32, stream=io.StringIO(), clock=clock)
   assert progress.images_per_second() is None
+  with progress.paused():
+    clock.now += 7
   clock.now += 60   # compiling
   progress.update(11, loss=1.0)
   assert progress.images_per_second() is None
@@ -181,6 +184,7 @@ def test_speed_leaves_out_the_first_step_and_pauses():
     clock.now += 1000
   assert progress.images_per_second() == pytest.approx(64)
   clock.now += 5
+  assert progress.images_per_second() == pytest.approx(64)   # it stays after the last update
   progress.update(31, loss=1.0)
   assert progress.images_per_second() == pytest.approx(64)
 
@@ -213,12 +217,12 @@ def test_time_left_counts_the_steps_of_this_run_only():
 def test_a_terminal_gets_a_bar():
   master, slave = pty.openpty()
   fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
-  with os.fdopen(slave, "w") as stream:
-    with Progress(20, start_step=5, images_per_step=16, stream=stream) as progress:
-      for step in range(6, 21):
-        time.sleep(0.01)
-        progress.update(step, loss=0.5)
-      progress.note("a line")
+  with (os.fdopen(slave, "w") as stream,
+        Progress(20, start_step=5, images_per_step=16, stream=stream) as progress):
+    for step in range(6, 21):
+      time.sleep(0.01)
+      progress.update(step, loss=0.5)
+    progress.note("a line")
   output = b""
   with contextlib.suppress(OSError):   # Linux says EIO at the end
     while chunk := os.read(master, 4096):
@@ -271,23 +275,24 @@ def test_write_json(tmp_path):
 
 
 def test_a_reader_never_sees_half_a_json_file(tmp_path):
-  """Fails when the file is written in place."""
+  """Who has opened the old file reads it to its end; fails when the file is written in place."""
   path = tmp_path / "config.json"
-  write_json(path, {"values": [0] * 50_000})
-  reader = subprocess.Popen([sys.executable, "-c", f"""
-import json, pathlib
-path = pathlib.Path({str(path)!r})
-print("ready", flush=True)
-reads = 0
-while len(values := json.loads(path.read_text())["values"]) == 50_000 and values[0] < 1000:
-  assert len(set(values)) == 1
-  reads += 1
-print(reads)
-"""], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-  assert reader.stdout.readline() == "ready\n"
-  for value in range(1, 15):
-    write_json(path, {"values": [value] * 50_000})
-  write_json(path, {"values": [1000] * 50_000})
-  output, errors = reader.communicate(timeout=60)
-  assert errors == ""
-  assert int(output) > 3
+  write_json(path, {"values": [1] * 50_000})
+  with path.open() as reader:
+    beginning = reader.read(100)
+    write_json(path, {"values": [2]})
+    assert json.loads(beginning + reader.read()) == {"values": [1] * 50_000}
+  assert json.loads(path.read_text()) == {"values": [2]}
+
+
+def test_a_full_disk_leaves_the_old_json_file_and_no_other(tmp_path, monkeypatch):
+  path = tmp_path / "config.json"
+  write_json(path, {"old": 1})
+
+  def full(_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+  monkeypatch.setattr(os, "fsync", full)
+  with pytest.raises(InputError, match=r"config.json cannot be written \(No space left"):
+    write_json(path, {"new": 2})
+  assert json.loads(path.read_text()) == {"old": 1}
+  assert [each.name for each in tmp_path.iterdir()] == ["config.json"]

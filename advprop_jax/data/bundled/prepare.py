@@ -7,6 +7,7 @@ not. With tensorflow and tensorflow-datasets installed, from the root of the rep
         --idx_dir=/usr/share/datasets/fashion-mnist --data_dir=advprop_jax/data/bundled
 
 The idx files are those of Debian's package dataset-fashion-mnist, or of the link in LICENSE.
+Another run gives the same records; the bytes of the files may differ.
 
 *Source:* Xiao, Rasul, Vollgraf, "Fashion-MNIST", arXiv 1708.07747: class names, idx files.
 """
