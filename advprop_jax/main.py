@@ -9,6 +9,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from advprop_jax.runtime.errors import InputError
+from advprop_jax.runtime.memory import keep_freed_memory
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "A file with get_config(); FILE.py:VARIANT passes VARIANT to it, and "
@@ -40,6 +41,7 @@ def main(argv: list[str]) -> None:
 
 def run() -> None:
   """The command line: bad input ends in one sentence and exit code 2, without a traceback."""
+  keep_freed_memory()
   try:
     app.run(main, flags_parser=_parse)
   except InputError as error:

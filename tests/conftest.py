@@ -3,8 +3,9 @@
 import os
 import pathlib
 
-# The tests are small: fewer threads, and no search for accelerators that would not help them.
+# The tests compile much and compute little. Neither is set where the caller has set it.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import pytest
 

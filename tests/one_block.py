@@ -9,7 +9,7 @@ from advprop_jax.models import efficientnet
 
 ARCHITECTURE = efficientnet.Architecture(
     image_size=28, stem=8, stem_stride=4, head=16, dropout_rate=0.2, drop_path_rate=0.2,
-    stages=(efficientnet.Stage(2, 3, 1, 2, 8, 8),))
+    stages=(efficientnet.Stage(1, 3, 1, 2, 8, 8),))
 
 
 def create(num_classes: int = 10, domains=("clean", "adversarial"), **settings):

@@ -1,0 +1,234 @@
+"""The train step: one update from the sum of the losses, each through its own batch norms."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from advprop_jax.method.attack import Attack
+from advprop_jax.method.loss import cross_entropy
+from advprop_jax.method.schemes import SCHEMES
+from advprop_jax.method.state import create_train_state
+from advprop_jax.method.step import Method, attack_images, eval_step, to_model_units, train_step
+from advprop_jax.models.batch_norm import drop_auxiliary
+from advprop_jax.runtime.parallel import image_keys
+from tests import one_block
+
+RATE = 0.5  # the optimizer is plain SGD, so that parameters show the gradient: (old - new) / RATE
+
+
+def make_method(scheme="advprop", **settings):
+  scheme = SCHEMES[scheme]
+  model = one_block.create(domains=scheme.domains, dropout_rate=0.0, drop_path_rate=0.0)
+  return Method(**{"model": model, "scheme": scheme, "attack": Attack(num_steps=2),
+                   "optimizer": optax.sgd(RATE), "axis_name": None, **settings})
+
+
+def make_state(method, seed=0, ema=True):
+  state = create_train_state(method.model, method.optimizer, seed, 28, ema)
+  rng = np.random.default_rng(7)  # away from the symmetric start: batch norms of their own
+  return state.replace(params=jax.tree.map(
+      lambda x: x + rng.uniform(-0.1, 0.1, x.shape).astype(np.float32), state.params))
+
+
+def make_batch(n=8, seed=0):
+  rng = np.random.default_rng(seed)
+  return {"image": rng.integers(0, 256, (n, 28, 28, 3), np.uint8),
+          "label": (np.arange(n) % 10).astype(np.int32)}
+
+
+@functools.cache
+def compiled(method):
+  return jax.jit(functools.partial(train_step, method))
+
+
+def gradients(method, state, batch):
+  new_state, metrics = compiled(method)(state, batch)
+  return jax.tree.map(lambda a, b: (a - b) / RATE, state.params, new_state.params), metrics
+
+
+def assert_close(a, b, rtol=2e-4, atol=2e-5):
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=atol), a, b)
+
+
+@pytest.fixture(scope="module")
+def advprop():
+  method = make_method()
+  return method, make_state(method), make_batch()
+
+
+def by_hand(method, state, batch):
+  """Two losses, two passes, written out: what the step must do."""
+  attack_key, _ = jax.random.split(jax.random.fold_in(state.key, state.step))
+  images, labels = to_model_units(batch["image"]), batch["label"]
+  keys = image_keys(attack_key, len(labels), None)
+  adversarial = attack_images(method.model, state.variables, "adversarial", method.attack, images,
+                              labels, keys, method.label_smoothing)
+
+  def loss(params, images, domain, collection):
+    logits, updates = method.model.apply(
+        {**state.variables, "params": params}, images, domains=(domain,), train=True,
+        mutable=[collection])
+    return jnp.mean(cross_entropy(logits, labels, method.label_smoothing)), updates
+
+  def both(params):
+    clean, stats = loss(params, images, "clean", "batch_stats")
+    other, other_stats = loss(params, adversarial, "adversarial", "batch_stats_adversarial")
+    return clean + other, ({**stats, **other_stats}, {"clean": clean, "adversarial": other})
+
+  gradient, (stats, losses) = jax.jit(jax.grad(both, has_aux=True))(state.params)
+  return gradient, stats, losses
+
+
+def test_the_step_is_algorithm_1(advprop):
+  """One gradient of L(clean) + L(adversarial), and both statistics moved once.
+
+  Fails with the mean over both batches (half the sum), with two updates, with statistics moved by
+  the attack, or with clean images through the auxiliary batch norms.
+  """
+  method, state, batch = advprop
+  gradient, stats, losses = by_hand(method, state, batch)
+  ours, metrics = gradients(method, state, batch)
+  assert_close(ours, gradient)
+  new_state, _ = compiled(method)(state, batch)
+  assert_close(new_state.batch_stats, stats)
+  np.testing.assert_allclose(metrics["loss"], losses["clean"] + losses["adversarial"], rtol=1e-5)
+  np.testing.assert_allclose(metrics["loss/adversarial"], losses["adversarial"], rtol=1e-5)
+  assert int(new_state.step) == 1
+  np.testing.assert_array_equal(new_state.key, state.key)
+
+
+def test_one_pass_of_two_domains_is_two_passes(advprop):
+  method, state, batch = advprop
+  one, _ = compiled(method)(state, batch)
+  two, _ = compiled(dataclasses.replace(method, one_pass=False))(state, batch)
+  assert_close(one.params, two.params)
+  assert_close(one.batch_stats, two.batch_stats)
+
+
+def test_weights_of_the_losses(advprop):
+  """Fails where a weight is ignored: the gradient is linear in the weights."""
+  method, state, batch = advprop
+
+  def gradient(clean, adversarial):
+    weights = {"clean": clean, "adversarial": adversarial}
+    return gradients(dataclasses.replace(method, scheme=method.scheme.weighted(weights)),
+                     state, batch)[0]
+
+  combined = jax.tree.map(lambda a, b: 0.5 * a + 2 * b, gradient(1.0, 0.0), gradient(0.0, 1.0))
+  assert_close(combined, gradient(0.5, 2.0), atol=1e-4)
+
+
+def test_the_attack_moves_no_statistics(advprop):
+  """Fails where the attack moves running statistics: more steps of it would move them further.
+
+  With a ball of radius zero the adversarial images are the clean ones however long the attack is.
+  """
+  method, state, batch = advprop
+  runs = [compiled(dataclasses.replace(method, attack=Attack(
+      epsilon=0.0, num_steps=n, statistics=statistics)))(state, batch)[0]
+      for n, statistics in ((1, "running"), (4, "running"), (4, "batch"))]
+  for other in runs[1:]:
+    jax.tree.map(np.testing.assert_array_equal, runs[0].batch_stats, other.batch_stats)
+
+
+def test_vanilla_is_advprop_without_adversarial_images():
+  """The clean part of AdvProp's gradient is vanilla's, and the shared start is the same."""
+  vanilla, advprop = make_method("vanilla"), make_method("advprop")
+  advprop = dataclasses.replace(advprop, scheme=advprop.scheme.weighted({"adversarial": 0.0}))
+  a, b = (create_train_state(m.model, m.optimizer, 3, 28, False) for m in (vanilla, advprop))
+  jax.tree.map(np.testing.assert_array_equal, a.variables, drop_auxiliary(b.variables))
+  a, _ = compiled(vanilla)(a, make_batch())
+  b, _ = compiled(advprop)(b, make_batch())
+  assert_close(a.variables, drop_auxiliary(b.variables))
+
+
+def test_accumulation_is_the_mean_over_micro_batches(advprop):
+  """Statistics move once per micro-batch; each micro-batch is normalised by itself."""
+  method, state, _ = advprop
+  method = dataclasses.replace(method, attack=Attack(epsilon=0.0, num_steps=0))
+  batch = make_batch(8)
+  halves = [{k: v[i:i + 4] for k, v in batch.items()} for i in (0, 4)]
+  first, _ = gradients(method, state, halves[0])
+  second, _ = gradients(method, state, halves[1])
+  accumulated, _ = gradients(dataclasses.replace(method, accumulation=2), state, batch)
+  assert_close(accumulated, jax.tree.map(lambda a, b: (a + b) / 2, first, second), atol=1e-4)
+  moved, _ = compiled(method)(state, halves[0])
+  moved, _ = compiled(method)(state.replace(batch_stats=moved.batch_stats), halves[1])
+  both, _ = compiled(dataclasses.replace(method, accumulation=2))(state, batch)
+  assert_close(both.batch_stats, moved.batch_stats)
+
+
+def test_moving_averages_are_of_params_and_statistics(advprop):
+  method, state, batch = advprop
+  new_state, _ = compiled(method)(state, batch)
+  decay = min(method.ema_decay, 1 / 10)  # the first update
+  expected = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.ema,
+                          new_state.variables)
+  assert_close(new_state.ema, expected)
+  assert set(new_state.ema) == {"params", "batch_stats", "batch_stats_adversarial"}
+  jax.tree.map(np.testing.assert_array_equal, new_state.evaluation_variables, new_state.ema)
+
+
+def test_dropping_the_auxiliary_bns_changes_no_bit(advprop):
+  """Fails where the deployed network depends on auxiliary batch norms."""
+  method, state, batch = advprop
+  state, _ = compiled(method)(state, batch)
+  images = to_model_units(batch["image"])
+  deployed = dataclasses.replace(method.model, domains=("clean",))
+  dropped = drop_auxiliary(state.variables)
+  assert set(dropped) == {"params", "batch_stats"}
+  assert jax.tree.structure(dropped) == jax.tree.structure(
+      jax.eval_shape(deployed.init, jax.random.PRNGKey(0), images))
+  np.testing.assert_array_equal(jax.jit(deployed.apply)(dropped, images),
+                                jax.jit(method.model.apply)(state.variables, images))
+
+
+def test_evaluation_counts_masked_images_never(advprop):
+  method, state, batch = advprop
+  batch = {**make_batch(12), "index": np.arange(12, dtype=np.int32),
+           "mask": np.arange(12) < 9}
+  step = jax.jit(functools.partial(eval_step, method, domain="clean"))
+  sums = step(state.variables, batch)
+  short = step(state.variables, {name: value[:9] for name, value in batch.items()})
+  assert float(sums["count"]) == 9
+  assert_close(sums, short)
+
+
+def test_adversarial_evaluation_depends_on_the_place_in_the_data_alone(advprop):
+  """The same image is attacked from the same start in any batch."""
+  method, state, batch = advprop
+  batch = {**make_batch(8), "index": np.arange(8, dtype=np.int32), "mask": np.ones(8, bool)}
+  step = jax.jit(functools.partial(eval_step, method, domain="clean",
+                                   attack=Attack(epsilon=8.0, num_steps=3)))
+  halves = [step(state.variables, {name: value[i:i + 4] for name, value in batch.items()})
+            for i in (0, 4)]
+  assert_close(step(state.variables, batch), jax.tree.map(jnp.add, *halves))
+
+
+def test_a_step_has_new_noise_and_the_same_step_the_same(advprop):
+  method, state, batch = advprop
+  again, _ = compiled(method)(state, batch)
+  first, _ = compiled(method)(state, batch)
+  jax.tree.map(np.testing.assert_array_equal, first, again)
+  later, _ = compiled(method)(state.replace(step=jnp.int32(1)), batch)
+  assert not np.array_equal(first.batch_stats["batch_stats_adversarial"]["stem_norm"]["mean"],
+                            later.batch_stats["batch_stats_adversarial"]["stem_norm"]["mean"])
+
+
+def test_training_lowers_both_losses():
+  method = make_method(optimizer=optax.sgd(0.1), label_smoothing=0.0)
+  state, batch, losses = make_state(method, ema=False), make_batch(), []
+  for _ in range(30):
+    state, metrics = compiled(method)(state, batch)
+    losses.append((float(metrics["loss/clean"]), float(metrics["loss/adversarial"])))
+  assert np.all(np.array(losses[-1]) < 0.7 * np.array(losses[0]))
+
+
+def test_model_units():
+  np.testing.assert_allclose(to_model_units(np.array([0, 255, 51], np.uint8)), [-1, 1, -0.6],
+                             atol=1e-6)
