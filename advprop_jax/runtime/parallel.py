@@ -1,6 +1,6 @@
 """Devices and hosts: the only pmap, and what must not depend on how many devices there are."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,8 @@ import numpy as np
 AXIS = "replicas"
 
 
-def pmap(step: Callable, donate_state: bool = False) -> Callable:
+def pmap(step: Callable, donate_state: bool = False,
+         devices: Sequence[jax.Device] | None = None) -> Callable:
   """Runs a pure per-device function of (state, batch) on every device.
 
   State and results have no device axis: the state is replicated, and the results must be the same
@@ -18,8 +19,9 @@ def pmap(step: Callable, donate_state: bool = False) -> Callable:
   Args:
     step: (state, batch) -> any pytree, with collectives over AXIS.
     donate_state: lets the result take the state's memory; the state given in is then gone.
+    devices: None for all.
   """
-  return jax.pmap(step, axis_name=AXIS, in_axes=(None, 0), out_axes=None,
+  return jax.pmap(step, axis_name=AXIS, in_axes=(None, 0), out_axes=None, devices=devices,
                   donate_argnums=(0,) if donate_state else ())
 
 

@@ -1,0 +1,88 @@
+"""The same numbers on 1, 2 and 4 devices. Virtual ones, so in a process of its own."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+PROGRAM = """
+import functools, json
+import jax, numpy as np, optax
+from jax.flatten_util import ravel_pytree
+from advprop_jax.method.attack import Attack
+from advprop_jax.method.schemes import SCHEMES
+from advprop_jax.method.state import create_train_state
+from advprop_jax.method.step import Method, eval_step, train_step
+from advprop_jax.runtime import parallel
+from tests import one_block
+
+rng = np.random.default_rng(0)
+image = rng.integers(0, 256, (8, 28, 28, 3), np.uint8)
+image[4:] //= 2   # so that the halves have other statistics
+batch = {"image": image, "label": np.arange(8, dtype=np.int32)}
+
+def run(devices, group_size, rates):
+  scheme = SCHEMES["advprop"]
+  model = one_block.create(domains=scheme.domains, axis_name=parallel.AXIS, group_size=group_size,
+                           dropout_rate=rates, drop_path_rate=rates)
+  method = Method(model, scheme, Attack(num_steps=2, statistics="batch"), optax.sgd(0.1))
+  state = create_train_state(model, method.optimizer, 0, 28, False)
+  sharded = {k: v.reshape(devices, -1, *v.shape[1:]) for k, v in batch.items()}
+  pmap = functools.partial(parallel.pmap, devices=jax.devices()[:devices])
+  new_state, metrics = pmap(functools.partial(train_step, method))(state, sharded)
+  shape = sharded["label"].shape
+  sums = pmap(functools.partial(eval_step, method, domain="clean", attack=Attack(num_steps=1)))(
+      new_state.variables, {**sharded, "mask": np.ones(shape, bool),
+                            "index": np.arange(8, dtype=np.int32).reshape(shape)})
+  flat = lambda tree: np.asarray(ravel_pytree(jax.tree.map(np.asarray, tree))[0]).tolist()
+  gradient = jax.tree.map(lambda a, b: (a - b) / 0.1, state.params, new_state.params)
+  return {"gradient": flat(gradient), "stats": flat(new_state.batch_stats),
+          "metrics": {k: float(v) for k, v in metrics.items()},
+          "sums": {k: float(v) for k, v in sums.items()}}
+
+print(json.dumps({
+    "synced": [run(n, n, 0.0) for n in (1, 2, 4)],
+    "dropout": [run(n, n, 0.3) for n in (1, 4)],
+    "groups": run(4, 2, 0.0), "local": run(2, 1, 0.0)}))
+"""
+
+
+@pytest.fixture(scope="module")
+def results():
+  flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
+  done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True,
+                        check=False, env={**os.environ, "XLA_FLAGS": flags})
+  assert done.returncode == 0, done.stderr
+  return json.loads(done.stdout)
+
+
+def close(a, b, part):
+  values = [np.array(list(x[part].values()) if isinstance(x[part], dict) else x[part])
+            for x in (a, b)]
+  return np.allclose(*values, rtol=2e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize("part", ["gradient", "stats", "metrics", "sums"])
+@pytest.mark.parametrize("run", ["synced", "dropout"])
+def test_the_number_of_devices_changes_nothing(results, run, part):
+  """With statistics over all replicas: attack, dropout, gradients, statistics and sums.
+
+  Fails where gradients are summed or left per device, where statistics are those of one replica,
+  or where noise, targets or dropout masks depend on the device.
+  """
+  first, *others = results[run]
+  assert all(close(first, other, part) for other in others)
+
+
+def test_dropout_is_there_at_all(results):
+  assert not close(results["synced"][0], results["dropout"][0], "gradient")
+
+
+def test_statistics_of_groups(results):
+  """Four replicas in groups of two have the statistics of two replicas by themselves."""
+  assert close(results["groups"], results["local"], "stats")
+  assert close(results["groups"], results["local"], "gradient")
+  assert not close(results["groups"], results["synced"][0], "stats")

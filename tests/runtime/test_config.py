@@ -1,0 +1,204 @@
+"""Bad configs are refused in one sentence that names the field, the value and what would do."""
+
+import importlib.util
+import json
+import re
+
+import jax
+import ml_collections
+import numpy as np
+import pytest
+
+from advprop_jax.experiment import create_method, resolve
+from advprop_jax.method.attack import Attack
+from advprop_jax.method.state import create_train_state
+from advprop_jax.method.step import train_step
+from advprop_jax.runtime.config import (
+  FIELDS,
+  default_config,
+  differences,
+  duration,
+  flatten,
+  validate,
+)
+from advprop_jax.runtime.errors import InputError
+from tests.conftest import ROOT
+
+VARIANTS = {
+    "quickstart": ["scheme=advprop", "scheme=vanilla"],
+    "imagenet_efficientnet": [f"b{i}" for i in range(9)],
+}
+CONFIGS = [(name, variant) for name, variants in VARIANTS.items() for variant in variants]
+
+
+def load(name, variant):
+  spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module.get_config(variant)
+
+
+def test_no_config_file_is_left_out():
+  assert {path.stem for path in (ROOT / "configs").glob("**/*.py")} == set(VARIANTS)
+
+
+@pytest.mark.parametrize(("name", "variant"), CONFIGS)
+def test_every_config_is_valid(name, variant):
+  config = resolve(load(name, variant))
+  validate(config, devices=8)
+  json.dumps(config.to_dict())
+  assert config.data.image_size is not None
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_config_says_how_to_run_it(name):
+  text = (ROOT / "configs" / f"{name}.py").read_text()
+  assert f"python -m advprop_jax.main --config=configs/{name}.py" in text
+  assert "Hardware:" in text
+
+
+@pytest.mark.parametrize(("name", "variant"), [CONFIGS[0], CONFIGS[1], CONFIGS[2]])
+def test_a_step_of_the_config_can_be_traced(name, variant):
+  """Network, attack, losses, optimizer and moving averages fit together; nothing is computed."""
+  config = resolve(load(name, variant))
+  method = create_method(config, 10, lambda step: 0.1, Attack(**config.attack))
+  size = config.data.image_size
+  state = jax.eval_shape(lambda: create_train_state(method.model, method.optimizer, 0, size, True))
+  batch = {"image": jax.ShapeDtypeStruct((1, 4, size, size, 3), np.uint8),
+           "label": jax.ShapeDtypeStruct((1, 4), np.int32)}
+  step = jax.pmap(lambda s, b: train_step(method, s, b), axis_name=method.axis_name,
+                  in_axes=(None, 0), out_axes=None)
+  new_state, metrics = jax.eval_shape(step, state, batch)
+  assert jax.tree.structure(new_state) == jax.tree.structure(state)
+  assert jax.tree.map(lambda x: (x.shape, x.dtype), new_state) == jax.tree.map(
+      lambda x: (x.shape, x.dtype), state)
+  assert "loss" in metrics
+
+
+BAD = {
+    "scheme": ("advpropp", "advprop"),
+    "seed": (-1, "at least 0"),
+    "model.name": ("efficientnet_b9", "efficientnet_b"),
+    "model.dtype": ("float16", "bfloat16"),
+    "model.dropout_rate": (1.0, "below 1"),
+    "attack.name": ("pdg", "pgd"),
+    "attack.epsilon": (-1.0, "at least 0"),
+    "attack.step_size": (-0.5, "at least 0"),
+    "attack.num_steps": (-1, "at least 0"),
+    "attack.statistics": ("runing", "running"),
+    "attack.clean_start": (1.5, "at most 1"),
+    "attack.target": ("least", "random"),
+    "data.image_size": (3, "at least"),
+    "data.batch_size": (0, "at least 1"),
+    "data.augment": ("autoaugment_v9", "crop_flip"),
+    "loss.label_smoothing": (1.1, "at most 1"),
+    "loss.weights.clean": (-1.0, "at least 0"),
+    "optimizer.name": ("rmsprob", "rmsprop"),
+    "optimizer.schedule": ("linear", "cosine"),
+    "train.epochs": (-1.0, "at least 0"),
+    "train.steps": (-5, "at least 0"),
+    "train.accumulation": (0, "at least 1"),
+    "checkpoint.keep": (0, "at least 1"),
+}
+
+
+def config_with(path, value):
+  config = default_config().to_dict()
+  *sections, name = path.split(".")
+  section = config
+  for key in sections:
+    section = section[key]
+  section[name] = value
+  return ml_collections.ConfigDict(config, type_safe=False)
+
+
+def refused(config, devices=1):
+  with pytest.raises(InputError) as error:
+    validate(config, devices)
+  sentence = str(error.value)
+  assert "\n" not in sentence
+  return sentence
+
+
+@pytest.mark.parametrize("path", BAD)
+def test_a_value_that_cannot_work(path):
+  value, would_do = BAD[path]
+  sentence = refused(config_with(path, value))
+  assert f"config.{path}={value!r}" in sentence.replace(f"={value}", f"={value!r}")
+  assert would_do in sentence
+
+
+@pytest.mark.parametrize(("path", "value", "kind"), [
+    ("scheme", 3, "str"), ("data.batch_size", 12.5, "int"), ("attack.epsilon", "four", "float"),
+    ("train.one_pass", "yes", "bool"), ("seed", True, "int"), ("train.steps", 1.5, "int"),
+    ("optimizer.learning_rate", None, "float")])
+def test_a_value_of_the_wrong_type(path, value, kind):
+  sentence = refused(config_with(path, value))
+  assert f"config.{path}={value!r}" in sentence
+  assert f"give a {kind}" in sentence
+
+
+def test_whole_numbers_are_floats_too():
+  validate(config_with("attack.epsilon", 2))
+
+
+def test_an_unknown_field():
+  sentence = refused(config_with("attack.epsilom", 1.0))
+  assert "config.attack.epsilom" in sentence
+  assert "config.attack.epsilon" in sentence.split(";")[1]
+
+
+def test_a_missing_field():
+  config = default_config().unlock()
+  del config.attack.epsilon
+  assert "config.attack.epsilon: missing" in refused(config)
+
+
+@pytest.mark.parametrize(("path", "accumulation"), [
+    ("data.batch_size", 1), ("data.batch_size", 2), ("eval.batch_size", 1)])
+def test_a_batch_that_the_devices_do_not_divide(path, accumulation):
+  config = config_with(path, 100)
+  config.train.accumulation = accumulation
+  if path == "eval.batch_size":
+    config.data.batch_size = 128
+  sentence = refused(config, devices=8)
+  below, above = (int(n) for n in re.search(r"(\d+) or (\d+) would do", sentence).groups())
+  pieces = 8 * accumulation if path == "data.batch_size" else 8
+  assert below % pieces == above % pieces == 0
+  assert below < 100 < above
+  config = config_with(path, above)
+  config.train.accumulation = accumulation
+  validate(config, devices=8)
+
+
+def test_groups_that_do_not_divide_the_devices():
+  sentence = refused(config_with("model.bn_group_size", 3), devices=4)
+  assert "1, 2, 4 would do" in sentence
+
+
+def test_adamw_has_a_decay_of_its_own():
+  assert "decoupled" in refused(config_with("optimizer.name", "adamw"))
+
+
+def test_every_field_says_what_it_is():
+  for path, field in FIELDS.items():
+    assert field.meaning, path
+    assert field.default is None or field.check(field.default) is None, path
+
+
+def test_differences_name_the_fields():
+  config, saved = default_config(), default_config()
+  config.attack.epsilon, config.eval.batch_size = 2.0, 32
+  assert differences(config.to_dict(), saved.to_dict()) == [
+      "attack.epsilon: 4.0 -> 2.0", "eval.batch_size: 256 -> 32"]
+  assert differences(config.to_dict(), saved.to_dict(), ["eval"]) == ["attack.epsilon: 4.0 -> 2.0"]
+  assert flatten(saved)["attack.epsilon"] == 4.0
+
+
+def test_durations_in_steps_or_epochs():
+  config = default_config()
+  config.train.epochs = 2.5
+  assert duration(config.train, "", 10.0) == 25
+  config.train.steps = 7
+  assert duration(config.train, "", 10.0) == 7
+  assert duration(config.optimizer, "decay", 10.0) == 24
