@@ -8,13 +8,11 @@ from collections.abc import Callable
 
 import jax
 import ml_collections
-import numpy as np
 
 from advprop_jax import report
 from advprop_jax.data import loader, sources, transforms
-from advprop_jax.experiment import Experiment, create_experiment
+from advprop_jax.experiment import Experiment, create_experiment, fresh_state
 from advprop_jax.method.attack import Attack
-from advprop_jax.method.state import create_train_state
 from advprop_jax.method.step import Method, eval_step
 from advprop_jax.runtime import parallel
 from advprop_jax.runtime.checkpoint import Checkpoints
@@ -22,6 +20,7 @@ from advprop_jax.runtime.config import differences
 from advprop_jax.runtime.errors import InputError
 from advprop_jax.runtime.metrics import table, write_json
 
+BEST_METRIC = "clean_top1"
 CLEAN = "clean"
 MAIN, AUXILIARY = "adversarial, main BN", "adversarial, auxiliary BN"
 
@@ -94,9 +93,7 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict:
     InputError: bad config or data, or no checkpoint there that is whole.
   """
   experiment = create_experiment(config)
-  config, method = experiment.config, experiment.method
-  abstract = jax.eval_shape(lambda: create_train_state(
-      method.model, method.optimizer, 0, config.data.image_size, ema=config.train.ema_decay > 0))
+  config, abstract = experiment.config, jax.eval_shape(lambda: fresh_state(experiment))
   with Checkpoints(os.path.join(workdir, "checkpoints"), write=False,
                    best_metric=BEST_METRIC) as checkpoints:
     if config.eval.checkpoint == "best":
@@ -110,9 +107,6 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict:
   evaluators = create_evaluators(experiment)
   return conclude(experiment, restored.state.evaluation_variables, restored.step, workdir,
                   evaluators)
-
-
-BEST_METRIC = "clean_top1"
 
 
 def conclude(experiment: Experiment, variables: dict, step: int, workdir: str,

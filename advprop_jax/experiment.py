@@ -10,6 +10,7 @@ from advprop_jax.data import sources
 from advprop_jax.method import optimizer
 from advprop_jax.method.attack import Attack
 from advprop_jax.method.schemes import SCHEMES
+from advprop_jax.method.state import TrainState, create_train_state
 from advprop_jax.method.step import Method
 from advprop_jax.runtime.config import duration, validate
 from advprop_jax.runtime.parallel import AXIS
@@ -76,6 +77,13 @@ def create_experiment(config: ml_collections.ConfigDict) -> Experiment:
       method=create_method(config, train_source.num_classes, schedule, attack),
       schedule=schedule, eval_attack=evaluation_attack(config, attack),
       steps_per_epoch=steps_per_epoch, total_steps=total_steps)
+
+
+def fresh_state(experiment: Experiment) -> TrainState:
+  """The state that training starts from; `jax.eval_shape` of it tells what a checkpoint holds."""
+  config, method = experiment.config, experiment.method
+  return create_train_state(method.model, method.optimizer, config.seed, config.data.image_size,
+                            ema=config.train.ema_decay > 0)
 
 
 def resolve(config: ml_collections.ConfigDict) -> ml_collections.FrozenConfigDict:

@@ -18,8 +18,8 @@ from advprop_jax.evaluate import (
   create_evaluators,
   refuse_other_config,
 )
-from advprop_jax.experiment import Experiment, create_experiment
-from advprop_jax.method.state import TrainState, create_train_state
+from advprop_jax.experiment import Experiment, create_experiment, fresh_state
+from advprop_jax.method.state import TrainState
 from advprop_jax.method.step import train_step
 from advprop_jax.models.batch_norm import drop_auxiliary
 from advprop_jax.runtime import parallel
@@ -112,9 +112,7 @@ def fit(experiment: Experiment, state: TrainState, batches, checkpoints: Checkpo
 
 def start_or_resume(experiment: Experiment, checkpoints: Checkpoints):
   """The state and the batches of the newest whole checkpoint, or fresh ones."""
-  config, method = experiment.config, experiment.method
-  create = functools.partial(create_train_state, method.model, method.optimizer, config.seed,
-                             config.data.image_size, ema=config.train.ema_decay > 0)
+  config, create = experiment.config, functools.partial(fresh_state, experiment)
   batches = loader.training_batches(
       experiment.train_source, batch_size=config.data.batch_size,
       transform=transforms.training_transform(

@@ -45,9 +45,7 @@ def create_model(name: str, num_classes: int = 1000, domains: Sequence[str] = ("
     InputError: an unknown name or type.
   """
   network, architecture = _NETWORKS[canonical_name(name)]
-  dtype = jnp.dtype(dtype)
-  if dtype.name not in _DTYPES:
-    raise InputError(f"dtype={dtype.name}: choose one of {', '.join(_DTYPES)}")
+  dtype = _checked_dtype(dtype)
   return network(architecture, num_classes=num_classes, domains=tuple(domains), dtype=dtype,
                  share_statistics=share_statistics, share_affine=share_affine,
                  axis_name=axis_name, group_size=group_size, dropout_rate=dropout_rate,
@@ -60,6 +58,16 @@ def canonical_name(name: str) -> str:
   if canonical not in _NETWORKS:
     raise InputError(f"There is no network {name!r}; there are {', '.join(NAMES)}")
   return canonical
+
+
+def _checked_dtype(dtype) -> jnp.dtype:
+  try:
+    known = jnp.dtype(dtype).name in _DTYPES
+  except TypeError:  # not the name of any type
+    known = False
+  if not known:
+    raise InputError(f"dtype={dtype!r}: choose one of {', '.join(_DTYPES)}")
+  return jnp.dtype(dtype)
 
 
 def image_size(name: str) -> int:

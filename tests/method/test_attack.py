@@ -218,7 +218,7 @@ def test_no_dropout_in_the_attack_by_default(network):
 
 
 def test_the_attack_raises_the_loss(network):
-  model, variables, images, labels = network
+  model, variables, _, labels = network
 
   def loss(images):
     logits = compiled_apply(model, variables, images, "adversarial")

@@ -1,0 +1,250 @@
+"""The whole loop, with a network of one block: what it writes, how it resumes, how it stops."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from advprop_jax import evaluate, train
+from advprop_jax.experiment import create_experiment, fresh_state
+from advprop_jax.runtime.checkpoint import Checkpoints
+from advprop_jax.runtime.config import default_config
+from advprop_jax.runtime.errors import InputError
+from tests import one_block
+from tests.conftest import ROOT
+
+STEPS = 8
+
+
+@pytest.fixture(autouse=True)
+def _registered():
+  one_block.register()
+
+
+def make_config(**changes):
+  config = default_config()
+  config.model.name = "one_block"
+  config.attack.num_steps = 1
+  config.data.batch_size = 20
+  config.data.train_split, config.data.test_split = "train[:100]", "test[:50]"
+  config.eval.batch_size = 16                          # 50 is no multiple of it
+  config.train.steps = STEPS
+  config.train.log_every = 1
+  config.eval.every_steps = 4
+  config.checkpoint.every_steps = 2
+  config.optimizer.schedule = "constant"
+  for path, value in changes.items():
+    section, name = path.split("__")
+    config[section][name] = value
+  return config
+
+
+def final_state(workdir, config=None):
+  """The state of the newest checkpoint."""
+  abstract = jax.eval_shape(lambda: fresh_state(create_experiment(config or make_config())))
+  with Checkpoints(os.path.join(workdir, "checkpoints"), write=False) as checkpoints:
+    return checkpoints.restore_latest(abstract).state
+
+
+def assert_same_bits(a, b):
+  jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def lines(workdir):
+  return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+  """A run from start to end."""
+  one_block.register()
+  workdir = tmp_path_factory.mktemp("undisturbed")
+  summary = train.train(make_config(), str(workdir))
+  return workdir, summary
+
+
+def test_what_a_run_leaves(undisturbed):
+  workdir, summary = undisturbed
+  names = {path.name for path in workdir.iterdir()}
+  assert {"config.json", "summary.json", "metrics.jsonl", "adversarial.png", "checkpoints",
+          "tensorboard"} <= names
+  assert json.loads((workdir / "summary.json").read_text()) == json.loads(json.dumps(summary))
+  assert json.loads((workdir / "config.json").read_text())["model"]["name"] == "one_block"
+  results = summary["results"]
+  assert set(results) == {evaluate.CLEAN, evaluate.MAIN, evaluate.AUXILIARY}
+  for result in results.values():
+    assert result["images"] == 50
+    assert 0 <= result["top1"] <= 1
+    assert result["loss"] > 0
+  assert summary["training"]["images_per_second"] > 0
+  steps = [line["step"] for line in lines(workdir) if "train/loss" in line]
+  assert steps == list(range(1, STEPS + 1))
+  assert {"train/loss/clean", "train/loss/adversarial", "train/learning_rate"} <= set(
+      lines(workdir)[0])
+  assert [line["step"] for line in lines(workdir) if "test/clean_top1" in line] == [4, 8]
+
+
+def test_evaluation_of_the_run_is_the_same(undisturbed, capsys):
+  """--mode=evaluate measures what the training measured at its end; `eval` fields may change."""
+  workdir, summary = undisturbed
+  again = evaluate.evaluate(make_config(eval__batch_size=25), str(workdir))
+  for name, result in summary["results"].items():
+    np.testing.assert_allclose(again["results"][name]["top1"], result["top1"])
+    np.testing.assert_allclose(again["results"][name]["loss"], result["loss"], rtol=1e-4)
+  assert "adversarial, auxiliary BN" in capsys.readouterr().out
+
+
+def test_resumed_is_never_stopped(undisturbed, tmp_path):
+  """Stopped after a third of the steps and started again: bit for bit the same, data included."""
+  workdir, summary = undisturbed
+
+  class Stop(Exception):
+    pass
+
+  real, calls = train.require_finite, []
+
+  def stop_at_3(step, metrics):
+    real(step, metrics)
+    calls.append(step)
+    if step == 3:
+      raise Stop
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(train, "require_finite", stop_at_3)
+    with pytest.raises(Stop):
+      train.train(make_config(), str(tmp_path))
+  resumed = train.train(make_config(), str(tmp_path))
+  assert resumed["training"]["start_step"] == 2
+  assert resumed["results"] == summary["results"]
+  assert_same_bits(final_state(tmp_path), final_state(workdir))
+
+  def numbers(path):
+    return [{k: v for k, v in line.items() if k != "train/images_per_second"}
+            for line in lines(path)]
+
+  assert numbers(tmp_path) == numbers(workdir)          # no step twice, none missing
+
+
+def test_a_finished_run_is_only_evaluated_again(undisturbed):
+  workdir, summary = undisturbed
+  before = final_state(workdir)
+  again = train.train(make_config(), str(workdir))
+  assert again["results"] == summary["results"]
+  assert_same_bits(before, final_state(workdir))
+
+
+def test_the_step_compiles_once(tmp_path):
+  """Also after a resumption: fails where a fresh or restored state lies elsewhere than a result."""
+  compiled = []
+
+  def listen(event, _, fun_name=None, **kwargs):
+    if event == "/jax/core/compile/backend_compile_duration":
+      compiled.append(fun_name)
+
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  try:
+    for _ in range(2):  # fresh, then resumed
+      compiled.clear()
+      train.train(make_config(train__steps=5), str(tmp_path))
+      pmapped = [name for name in compiled if "_fun" in name]
+      assert len(pmapped) == 4, compiled  # the train step and three kinds of evaluation
+      shutil.rmtree(tmp_path / "checkpoints" / "5")
+  finally:
+    jax.monitoring.clear_event_listeners()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+  """The step is named, and the checkpoint before it is whole."""
+  with pytest.raises(InputError, match=r"step [2-4]: the loss is not finite"):
+    train.train(make_config(optimizer__learning_rate=1e38, checkpoint__every_steps=1),
+                str(tmp_path))
+  kept = final_state(tmp_path)
+  assert int(kept.step) >= 1
+
+
+def test_a_workdir_of_another_config(undisturbed):
+  workdir, _ = undisturbed
+  with pytest.raises(InputError) as error:
+    train.train(make_config(attack__epsilon=2.0), str(workdir))
+  assert "attack.epsilon: 4.0 -> 2.0" in str(error.value)
+  assert str(workdir) in str(error.value)
+
+
+def test_a_workdir_that_cannot_be_written(tmp_path):
+  (tmp_path / "file").write_text("")
+  with pytest.raises(InputError, match="workdir"):
+    train.train(make_config(), str(tmp_path / "file" / "run"))
+
+
+def test_nothing_to_evaluate(tmp_path):
+  with pytest.raises(InputError, match="no checkpoint"):
+    evaluate.evaluate(make_config(), str(tmp_path))
+
+
+def test_vanilla_has_no_auxiliary_result(tmp_path, capsys):
+  config = make_config(train__steps=2)
+  config.scheme = "vanilla"
+  summary = train.train(config, str(tmp_path))
+  assert summary["results"][evaluate.AUXILIARY] is None
+  assert "-" in capsys.readouterr().out.splitlines()[-3]
+
+
+def test_the_attack_of_the_evaluation_can_be_set(undisturbed):
+  workdir, summary = undisturbed
+  stronger = evaluate.evaluate(make_config(eval__epsilon=64.0, eval__num_steps=4,
+                                           eval__step_size=32.0), str(workdir))
+  assert stronger["attack"]["epsilon"] == 64.0
+  assert (stronger["results"][evaluate.MAIN]["loss"] > summary["results"][evaluate.MAIN]["loss"])
+  assert stronger["results"][evaluate.CLEAN] == summary["results"][evaluate.CLEAN]
+
+
+def test_killed_five_times(tmp_path):
+  """SIGKILL at random moments, five times, then left alone: the same bits as an undisturbed run."""
+  flags = ["--config=configs/quickstart.py", "--config.model.name=one_block",
+           "--config.data.train_split=train[:200]", "--config.data.test_split=test[:20]",
+           "--config.data.batch_size=20", "--config.eval.batch_size=20", "--config.train.steps=120",
+           "--config.checkpoint.every_steps=3", "--config.eval.every_epochs=0",
+           "--config.train.log_every=1"]
+  cache = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),
+           "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+
+  errors = (tmp_path / "errors").open("w")
+
+  def start(workdir):
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.one_block", f"--workdir={workdir}", *flags], cwd=ROOT,
+        env=cache, stdout=subprocess.DEVNULL, stderr=errors)
+
+  def reached(workdir):
+    path = workdir / "metrics.jsonl"
+    return len(path.read_bytes().splitlines()) if path.exists() else 0
+
+  undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+  process = start(undisturbed)
+  assert process.wait() == 0, (tmp_path / "errors").read_text()
+  chance = random.Random(0)
+  for kill in range(5):
+    process, deadline = start(killed), time.monotonic() + 120
+    before = reached(killed)
+    target = 20 * kill + chance.randint(4, 18)          # step to be killed at, or soon after
+    while reached(killed) < target or (reached(killed) == before and before > 0):
+      assert process.poll() is None, (tmp_path / "errors").read_text()
+      assert time.monotonic() < deadline
+      time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+  process = start(killed)
+  assert process.wait() == 0, (tmp_path / "errors").read_text()
+  assert_same_bits(final_state(killed), final_state(undisturbed))
+  results = [json.loads((path / "summary.json").read_text())["results"]
+             for path in (killed, undisturbed)]
+  assert results[0] == results[1]
+  errors.close()
