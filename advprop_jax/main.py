@@ -3,11 +3,14 @@
   python -m advprop_jax.main --config=configs/quickstart.py --workdir=DIR
 """
 
+import re
 import sys
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from advprop_jax import evaluate, train
+from advprop_jax.runtime.config import require_known
 from advprop_jax.runtime.errors import InputError
 from advprop_jax.runtime.memory import keep_freed_memory
 
@@ -31,8 +34,6 @@ def main(argv: list[str]) -> None:
     if not flag.value:
       raise InputError(f"--{flag.name}: not given; see --help")
   logging.set_verbosity(logging.WARNING)
-  # Imported late, so that a mistake in the flags is answered at once.
-  from advprop_jax import evaluate, train
   verbs = {"train": train.train, "evaluate": evaluate.evaluate}
   if _MODE.value not in verbs:
     raise InputError(f"--mode={_MODE.value}: is not there yet; use {' or '.join(verbs)}")
@@ -51,12 +52,19 @@ def run() -> None:
 
 def _parse(argv: list[str]) -> list[str]:
   """Parses the flags; whatever is wrong with them or in the config file is the user's to mend."""
+  for path in re.findall(r"^--?config\.([\w.]+)", "\n".join(argv), re.MULTILINE):
+    require_known(path)
   try:
-    return flags.FLAGS(argv)
+    rest = flags.FLAGS(argv)
+    if _CONFIG.value is not None:
+      _CONFIG.value.keys()  # a config file that could not be read says so only when it is used
+    return rest
   except InputError:
     raise
   except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-    raise InputError(" ".join(str(error).split())) from error
+    # Of a traceback that the error quotes, the last line says what is wrong.
+    last = str(error).strip().splitlines()[-1].strip()
+    raise InputError(re.sub(r"^\w+Error: |^\[Errno \d+\] ", "", last)) from error
 
 
 if __name__ == "__main__":

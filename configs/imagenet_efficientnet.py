@@ -18,8 +18,8 @@ EPSILON = {"b0": 1, "b1": 1, "b2": 1, "b3": 2, "b4": 4, "b5": 4, "b6": 4, "b7": 
 def get_config(size: str = "b0"):
   """`size`: b0 ... b8."""
   if size not in EPSILON:
-    raise ValueError(f"configs/imagenet_efficientnet.py:{size}: no such size; give one of "
-                     f"{', '.join(EPSILON)}")
+    raise ValueError(f"--config=configs/imagenet_efficientnet.py:{size}: there is no such size; "
+                     f"give one of {', '.join(EPSILON)}")
   config = default_config()
   config.model.name = f"efficientnet_{size}"
   config.model.dtype = "bfloat16"

@@ -24,12 +24,11 @@ _SUMS = 16
 
 
 def kernel_init(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -> jax.Array:
-  """Normal with standard deviation sqrt(2 / fan_out), fan_out = height * width * outputs / groups.
+  """Normal with standard deviation sqrt(2 / fan_out), fan_out = height * width * outputs.
 
   Args:
     key: a random key.
-    shape: (height, width, inputs / groups, outputs); a depthwise kernel, (height, width, 1,
-      channels), counts as having one output, as in the source.
+    shape: of a dense kernel, (height, width, inputs, outputs).
     dtype: type of the result.
 
   *Source:* tensorflow/tpu, models/official/efficientnet/efficientnet_model.py,
@@ -39,7 +38,11 @@ def kernel_init(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -> ja
 
 
 def depthwise_kernel_init(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -> jax.Array:
-  """As `kernel_init`, for a depthwise kernel (height, width, 1, channels): one output each."""
+  """As `kernel_init`, for a depthwise kernel (height, width, 1, channels).
+
+  Each channel has one output: fan_out = height * width. In the source a depthwise kernel is
+  (height, width, channels, 1), and its last axis is what counts as the outputs.
+  """
   return _normal(key, shape, shape[0] * shape[1], dtype)
 
 

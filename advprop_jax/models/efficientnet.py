@@ -45,6 +45,7 @@ class Architecture:
     stem_stride: stride of the first convolution.
     squeeze_excite: width of the squeeze, as a share of the *inputs of the block*; 0 for none.
     activation: all over the network.
+    norm_momentum: of the running statistics; lower for a network that trains for few steps.
   """
 
   image_size: int
@@ -56,6 +57,7 @@ class Architecture:
   stem_stride: int = 2
   squeeze_excite: float = 0.25
   activation: Callable[[jax.Array], jax.Array] = nn.swish
+  norm_momentum: float = 0.99
 
   @property
   def total_stride(self) -> int:
@@ -99,6 +101,7 @@ _LITE_SCALES = {
 # few channels, and most parameters are where the feature map is 4 x 4.
 _TINY = Architecture(
     image_size=28, stem=16, stem_stride=1, head=256, dropout_rate=0.2, drop_path_rate=0.1,
+    norm_momentum=0.9,
     stages=(
         Stage(1, 3, 2, 1, 16, 16),
         Stage(1, 3, 2, 4, 16, 24),
@@ -246,7 +249,7 @@ class EfficientNet(nn.Module):
     """
     net, domains = self.architecture, tuple(domains or self.domains[:1])
     norm = functools.partial(
-        BatchNorm, domains=self.domains, momentum=0.99, epsilon=1e-3, dtype=self.dtype,
+        BatchNorm, domains=self.domains, momentum=net.norm_momentum, epsilon=1e-3, dtype=self.dtype,
         share_statistics=self.share_statistics, share_affine=self.share_affine,
         axis_name=self.axis_name, group_size=self.group_size)
     drop = functools.partial(Dropout, domains=self.domains, axis_name=self.axis_name)

@@ -10,6 +10,7 @@ biased one; the published weights come from TensorFlow and are biased. Numbers a
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping
 
 import jax
@@ -132,13 +133,14 @@ class _Pair:
     return tuple(self.our_shape[axis] for axis in self.axes)
 
 
-def _pairs(name: str, num_classes: int) -> list[_Pair]:
+@functools.cache
+def _pairs(name: str, num_classes: int) -> tuple[_Pair, ...]:
   """All tensors of a network with one domain."""
   model = create_model(name, num_classes=num_classes)
   modules = dict(_MODULES[type(model.architecture)](model.architecture))
   shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
-  return [_Pair(path, leaf.shape, f"{modules['/'.join(path[1:-1])]}.{_LEAVES[path[-1]]}")
-          for path, leaf in traverse_util.flatten_dict(shapes).items()]
+  return tuple(_Pair(path, leaf.shape, f"{modules['/'.join(path[1:-1])]}.{_LEAVES[path[-1]]}")
+               for path, leaf in traverse_util.flatten_dict(shapes).items())
 
 
 def _efficientnet_modules(

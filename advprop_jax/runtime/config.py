@@ -193,17 +193,22 @@ def validate(config: ml_collections.ConfigDict, devices: int = 1) -> None:
   """
   values = flatten(config)
   for path in values:
-    if path not in FIELDS:
-      close = difflib.get_close_matches(path, FIELDS, 1)
-      meant = f"did you mean config.{close[0]}?" if close else (
-          "the fields stand in advprop_jax/runtime/config.py")
-      raise InputError(f"config.{path}: there is no such field; {meant}")
+    require_known(path)
   for path, field in FIELDS.items():
     if path not in values:
       raise InputError(f"config.{path}: missing; start the config from default_config(), which "
                        "has every field")
     _check_field(path, field, values[path])
   _check_together(values, devices)
+
+
+def require_known(path: str) -> None:
+  """Raises an InputError unless FIELDS has the field, and says which one may be meant."""
+  if path not in FIELDS:
+    close = difflib.get_close_matches(path, FIELDS, 1)
+    meant = f"did you mean config.{close[0]}?" if close else (
+        "the fields stand in advprop_jax/runtime/config.py")
+    raise InputError(f"config.{path}: there is no such field; {meant}")
 
 
 def _check_field(path: str, field: Field, value: Any) -> None:

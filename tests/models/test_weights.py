@@ -1,0 +1,155 @@
+"""Published weights: golden logits of the published networks, and the way there and back."""
+
+import importlib.util
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import traverse_util
+
+from advprop_jax.models import NAMES, create_model, efficientnet
+from advprop_jax.models.weights import from_timm, to_timm
+from advprop_jax.runtime.errors import InputError
+
+EFFICIENTNETS = [name for name in NAMES if name.startswith("efficientnet")]
+GOLDEN = [
+    "tf_efficientnet_lite0",
+    "tf_efficientnet_b0",
+    pytest.param("tf_efficientnet_b1", marks=pytest.mark.slow),
+    pytest.param("tf_efficientnet_b4", marks=pytest.mark.slow),
+    pytest.param("tf_efficientnet_b8", marks=pytest.mark.slow),
+]
+
+
+def load_golden(shared, name):
+  """(the module that makes weights and images, the reference's numbers)."""
+  folder = shared / "golden"
+  if not (folder / f"{name}.npz").exists():
+    pytest.skip(f"needs {name}.npz in the folder of references beside the checkout")
+  spec = importlib.util.spec_from_file_location("golden_weights", folder / "golden_weights.py")
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module, dict(np.load(folder / f"{name}.npz"))
+
+
+def positions(model, side):
+  """{module: how many pixels of an image its batch norm sees}: what makes a variance unbiased."""
+  side = -(-side // model.architecture.stem_stride)
+  pixels = {"stem_norm": side ** 2}
+  for block, _, _, stage in efficientnet.block_names(model.architecture):
+    pixels[f"{block}/expand_norm"] = side ** 2
+    side = -(-side // stage.stride)
+    pixels[f"{block}/depthwise_norm"] = pixels[f"{block}/project_norm"] = side ** 2
+  return {**pixels, "head_norm": side ** 2}
+
+
+def batch_statistics(model, new, images):
+  """The batch's own mean and unbiased variance, from running statistics that started at zero."""
+  pixels = positions(model, images.shape[1])
+  flat = {}
+  for path, leaf in traverse_util.flatten_dict(new["batch_stats"]).items():
+    n = len(images) * pixels["/".join(path[:-1])]
+    flat["batch_stats", *path] = leaf / 0.01 * (n / (n - 1) if path[-1] == "var" else 1)
+  return traverse_util.unflatten_dict(flat)
+
+
+def assert_agree(logits, reference):
+  error = np.abs(np.asarray(logits, np.float64) - reference).max() / np.abs(reference).max()
+  assert error < 1e-3
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_golden_logits(name, shared):
+  """Faults: symmetric padding, another epsilon, squeeze-excite of the expanded channels, ..."""
+  golden, reference = load_golden(shared, name)
+  weights = golden.weights(json.loads(str(reference["shapes"])))
+  model = create_model(name, dropout_rate=0.0, drop_path_rate=0.0)
+  images = jnp.asarray(golden.image(int(reference["size"]), 4))
+  variables = from_timm(name, weights)
+  start = jax.tree.map(np.zeros_like, variables["batch_stats"])
+
+  @jax.jit
+  def train(params, batch_stats):
+    return model.apply({"params": params, "batch_stats": batch_stats}, images, train=True,
+                       mutable=["batch_stats"])
+
+  logits, new = train(variables["params"], start)
+  assert_agree(logits, reference["train_logits"])
+
+  statistics = {key.removeprefix("stats/"): value for key, value in reference.items()
+                if key.startswith("stats/")}
+  ours = to_timm(name, {**variables, **batch_statistics(model, new, images)})
+  for key, value in statistics.items():
+    np.testing.assert_allclose(ours[key], value, rtol=1e-3, atol=1e-3 * np.abs(value).max())
+
+  evaluated = jax.jit(model.apply)(from_timm(name, {**weights, **statistics}), images)
+  assert_agree(evaluated, reference["eval_logits"])
+
+
+def test_names_and_shapes_are_those_of_the_reference(shared):
+  for name in ("tf_efficientnet_b0", "tf_efficientnet_b8", "tf_efficientnet_lite0"):
+    _, reference = load_golden(shared, name)
+    expected = {key: tuple(shape) for key, shape in json.loads(str(reference["shapes"])).items()
+                if not key.endswith("num_batches_tracked")}
+    assert {key: value.shape for key, value in random_state_dict(name).items()} == expected
+
+
+def random_state_dict(name, num_classes=1000, seed=0, **settings):
+  """A state dict of this project's writing, from random variables."""
+  model = create_model(name, num_classes=num_classes, **settings)
+  shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+  rng = np.random.default_rng(seed)
+  return to_timm(name, jax.tree.map(
+      lambda leaf: rng.standard_normal(leaf.shape, np.float32), shapes))
+
+
+@pytest.mark.parametrize("name", EFFICIENTNETS)
+def test_there_and_back_is_exact(name):
+  weights = random_state_dict(name, num_classes=7)
+  back = to_timm(name, from_timm(name, weights))
+  assert list(back) == list(weights)
+  for key, value in weights.items():
+    np.testing.assert_array_equal(back[key], value, strict=True)
+
+
+def test_only_the_main_domain_is_written():
+  name, domains = "efficientnet_tiny", ("clean", "adversarial")
+  two = random_state_dict(name, domains=domains)
+  assert {key: value.shape for key, value in two.items()} == {
+      key: value.shape for key, value in random_state_dict(name).items()}
+
+
+def test_number_of_batches_is_ignored():
+  weights = random_state_dict("efficientnet_tiny")
+  more = {**weights, "bn1.num_batches_tracked": np.array(3)}
+  jax.tree.map(np.testing.assert_array_equal, from_timm("efficientnet_tiny", more),
+               from_timm("efficientnet_tiny", weights))
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"bn1.weight": None}, "1 tensors do not fit efficientnet_tiny: bn1.weight is missing, it "
+                           "should be (16,)"),
+    ({"bn1.weight": np.ones(3)}, "bn1.weight is (3,), it should be (16,)"),
+    ({"fc.weight": np.ones((2, 3))}, "fc.weight, (2, 3), is not of this network"),
+])
+def test_tensors_that_do_not_fit_are_named_with_both_shapes(change, message):
+  weights = {**random_state_dict("efficientnet_tiny"), **change}
+  weights = {key: value for key, value in weights.items() if value is not None}
+  with pytest.raises(InputError, match=re.escape(message)):
+    from_timm("efficientnet_tiny", weights)
+
+
+def test_ten_differences_are_listed_at_most():
+  with pytest.raises(InputError) as raised:
+    from_timm("efficientnet_tiny", random_state_dict("efficientnet_b0"))
+  assert len(str(raised.value).split("; ")) == 11
+  assert re.search(r"; and \d+ more$", str(raised.value))
+
+
+def test_variables_of_another_network_are_refused():
+  variables = from_timm("efficientnet_tiny", random_state_dict("efficientnet_tiny"))
+  with pytest.raises(InputError, match=r"do not fit efficientnet_b0.*is missing"):
+    to_timm("efficientnet_b0", variables)

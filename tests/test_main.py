@@ -1,0 +1,66 @@
+"""The command line: what a user can get wrong ends in one sentence and exit code 2."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+
+
+def command(*flags, env=None):
+  return subprocess.run([sys.executable, "-m", "advprop_jax.main", *flags], cwd=ROOT, text=True,
+                        capture_output=True, check=False, env={**os.environ, **(env or {})})
+
+
+QUICKSTART = "--config=configs/quickstart.py"
+
+
+@pytest.mark.parametrize(("flags", "says"), [
+    ([], ["--config", "not given"]),
+    ([QUICKSTART], ["--workdir", "not given"]),
+    ([QUICKSTART, "--workdir=DIR", "--config.attack.epsilom=2"], ["epsilom", "epsilon"]),
+    ([QUICKSTART, "--workdir=DIR", "--config.attack.num_steps=many"], ["num_steps=many", "int"]),
+    ([QUICKSTART, "--workdir=DIR", "--config.attack.epsilon=-1"], ["config.attack.epsilon=-1"]),
+    (["--config=configs/quickstart.py:scheme=advprob", "--workdir=DIR"],
+     ["config.scheme='advprob'", "did you mean 'advprop'"]),
+    (["--config=configs/imagenet_efficientnet.py:b9", "--workdir=DIR"], ["b9", "b0"]),
+    (["--config=configs/nothing.py", "--workdir=DIR"], ["configs/nothing.py"]),
+    ([QUICKSTART, "--workdir=DIR", "--mode=dance"], ["mode", "train"]),
+    ([QUICKSTART, "--workdir=DIR", "--mode=export"], ["export", "not there yet"]),
+    ([QUICKSTART, "--workdir=DIR", "--config.data.name=mnist", "--config.data.dir=DIR"],
+     ["data.dir", "DIR"]),
+    ([QUICKSTART, "--workdir=DIR", "--config.data.test_split=dev"], ["dev", "test"]),
+    ([QUICKSTART, "--workdir=/dev/null/run"], ["--workdir=/dev/null/run", "can be written"]),
+])
+def test_bad_input(flags, says, tmp_path):
+  flags = [flag.replace("DIR", str(tmp_path / "run")) for flag in flags]
+  done = command(*flags)
+  assert done.returncode == 2, done.stderr
+  message = done.stderr.strip().splitlines()
+  assert "Traceback" not in done.stderr
+  assert len(message) == 1, message
+  for text in says:
+    assert text.replace("DIR", str(tmp_path / "run")) in message[0]
+
+
+def test_bad_input_leaves_no_workdir(tmp_path):
+  command(QUICKSTART, f"--workdir={tmp_path / 'run'}", "--config.attack.epsilon=-1")
+  assert not (tmp_path / "run").exists()
+
+
+def test_help():
+  done = command("--help")
+  assert "--workdir" in done.stdout + done.stderr
+
+
+def test_tensorflow_is_not_needed(tmp_path):
+  """A package of that name that cannot be imported changes nothing."""
+  (tmp_path / "tensorflow").mkdir()
+  (tmp_path / "tensorflow" / "__init__.py").write_text("raise RuntimeError('TensorFlow wanted')")
+  program = ("from advprop_jax import evaluate, train; from advprop_jax.data import sources; "
+             "print(len(sources.open_source('bundled', split='test')))")
+  done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, text=True, capture_output=True,
+                        check=False, env={**os.environ, "PYTHONPATH": str(tmp_path)})
+  assert done.stdout.strip() == "2000", done.stderr
