@@ -74,8 +74,10 @@ class BatchNorm(nn.Module):
     per_part = (len(domains), *[1] * (x.ndim - 1), channels)
 
     def each_domain(read, shared):
+      if shared:
+        return [read(self.domains[0])] * len(domains)
       used = self.domains if self.is_initializing() else domains  # init makes every domain's
-      values = {domain: read(self.domains[0] if shared else domain) for domain in used}
+      values = {domain: read(domain) for domain in used}
       return [values[domain] for domain in domains]
 
     def running(domain):

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from advprop_jax.models import create_model, efficientnet
+from advprop_jax.models import canonical_name, create_model, efficientnet
 from advprop_jax.models.batch_norm import drop_auxiliary
 from advprop_jax.runtime.errors import InputError
 
@@ -84,7 +84,7 @@ def from_timm(name: str, state_dict: Mapping[str, np.ndarray]) -> dict:
   tensors = {key: np.asarray(value, np.float32) for key, value in state_dict.items()
              if not key.endswith("num_batches_tracked")}
   classifier = tensors.get("classifier.bias")
-  pairs = _pairs(name, 1000 if classifier is None else len(classifier))
+  pairs = _pairs(canonical_name(name), 1000 if classifier is None else len(classifier))
   _check(name, {pair.theirs: pair.their_shape for pair in pairs}, tensors)
   ours = {pair.ours: tensors[pair.theirs].transpose(pair.inverse) for pair in pairs}
   return traverse_util.unflatten_dict(ours)
@@ -106,7 +106,7 @@ def to_timm(name: str, variables: Mapping) -> dict[str, np.ndarray]:
   arrays = {path: np.asarray(leaf, np.float32) for path, leaf
             in traverse_util.flatten_dict(drop_auxiliary(variables)).items()}
   classifier = arrays.get(("params", "classifier", "bias"))
-  pairs = _pairs(name, 1000 if classifier is None else len(classifier))
+  pairs = _pairs(canonical_name(name), 1000 if classifier is None else len(classifier))
   _check(name, {"/".join(pair.ours): pair.our_shape for pair in pairs},
          {"/".join(path): array for path, array in arrays.items()})
   return {pair.theirs: arrays[pair.ours].transpose(pair.axes) for pair in pairs}

@@ -94,10 +94,10 @@ def test_stochastic_depth_grows_linearly_and_only_on_skips():
   finally:
     efficientnet.Dropout = original
   blocks = efficientnet.block_names(model.architecture)
-  expected = [(name, 0.2 * i / 16) for i, (name, _, _, stage) in enumerate(blocks)
-              if stage.stride == 1 and stage.inputs == stage.outputs]
+  expected = {name: 0.2 * i / 16 for i, (name, _, _, stage) in enumerate(blocks)
+              if stage.stride == 1 and stage.inputs == stage.outputs}
   assert len(blocks) == 16
-  assert drops[:-1] == pytest.approx(expected)
+  assert dict(drops[:-1]) == pytest.approx(expected)
   assert drops[-1][1] == 0.2  # the classifier's
 
 
@@ -153,7 +153,7 @@ def test_classifier_starts_uniform_and_without_bias():
 
 @pytest.mark.parametrize("ask", [create_model, models.image_size, models.min_image_size])
 def test_unknown_names_are_refused_with_the_known_ones(ask):
-  with pytest.raises(InputError, match="'efficientnet_b9'.*efficientnet_b0, .*efficientnet_tiny"):
+  with pytest.raises(InputError, match=r"'efficientnet_b9'.*efficientnet_b0, .*efficientnet_tiny"):
     ask("efficientnet_b9")
 
 

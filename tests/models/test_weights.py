@@ -1,5 +1,6 @@
 """Published weights: golden logits of the published networks, and the way there and back."""
 
+import functools
 import importlib.util
 import json
 import re
@@ -90,29 +91,40 @@ def test_golden_logits(name, shared):
 
 
 def test_names_and_shapes_are_those_of_the_reference(shared):
-  for name in ("tf_efficientnet_b0", "tf_efficientnet_b8", "tf_efficientnet_lite0"):
-    _, reference = load_golden(shared, name)
+  for name in ("efficientnet_b0", "efficientnet_b8", "efficientnet_lite0"):
+    _, reference = load_golden(shared, f"tf_{name}")
     expected = {key: tuple(shape) for key, shape in json.loads(str(reference["shapes"])).items()
                 if not key.endswith("num_batches_tracked")}
     assert {key: value.shape for key, value in random_state_dict(name).items()} == expected
 
 
-def random_state_dict(name, num_classes=1000, seed=0, **settings):
+@functools.cache
+def variable_shapes(name, **settings):
+  model = create_model(name, **settings)
+  return jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+
+
+def random_state_dict(name, **settings):
   """A state dict of this project's writing, from random variables."""
-  model = create_model(name, num_classes=num_classes, **settings)
-  shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
-  rng = np.random.default_rng(seed)
-  return to_timm(name, jax.tree.map(
-      lambda leaf: rng.standard_normal(leaf.shape, np.float32), shapes))
+  rng = np.random.default_rng(0)
+  return to_timm(name, jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape, np.float32),
+                                    variable_shapes(name, **settings)))
 
 
 @pytest.mark.parametrize("name", EFFICIENTNETS)
 def test_there_and_back_is_exact(name):
-  weights = random_state_dict(name, num_classes=7)
+  weights = random_state_dict(name)
   back = to_timm(name, from_timm(name, weights))
   assert list(back) == list(weights)
   for key, value in weights.items():
     np.testing.assert_array_equal(back[key], value, strict=True)
+
+
+def test_number_of_classes_is_the_classifiers():
+  weights = random_state_dict("efficientnet_tiny", num_classes=7)
+  kernel = from_timm("efficientnet_tiny", weights)["params"]["classifier"]["kernel"]
+  np.testing.assert_array_equal(kernel, weights["classifier.weight"].T)
+  assert kernel.shape[1] == 7
 
 
 def test_only_the_main_domain_is_written():
