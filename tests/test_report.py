@@ -19,7 +19,7 @@ def cells(image, value):
 
 def test_no_change_is_grey():
   image = draw(0.0, 4.0)
-  assert 0 <= cells(image, 128) - 3 * report.CELL ** 2 < 200  # the edges of letters are grey too
+  assert 0 <= cells(image, 128) - 3 * report.CELL ** 2 < 500  # the edges of letters are grey too
   assert cells(image, 100) >= 6 * report.CELL ** 2        # clean and adversarial alike
 
 
@@ -30,7 +30,7 @@ def test_the_factor_makes_the_ball_as_large_as_the_range():
     for sign in (1, -1):
       value = 128 + factor * epsilon * sign
       assert 1 <= abs(value - (255 if sign > 0 else 0)) <= 16
-      assert 0 <= cells(draw(sign * epsilon, epsilon), value) - 3 * report.CELL ** 2 < 200
+      assert 0 <= cells(draw(sign * epsilon, epsilon), value) - 3 * report.CELL ** 2 < 500
 
 
 def test_long_names_are_cut():
