@@ -11,13 +11,13 @@ import ml_collections
 
 from advprop_jax import report
 from advprop_jax.data import loader, sources, transforms
+from advprop_jax.errors import InputError
 from advprop_jax.experiment import Experiment, create_experiment, fresh_state
 from advprop_jax.method.attack import Attack
 from advprop_jax.method.step import Method, eval_step
 from advprop_jax.runtime import parallel
 from advprop_jax.runtime.checkpoint import Checkpoints
 from advprop_jax.runtime.config import differences
-from advprop_jax.runtime.errors import InputError
 from advprop_jax.runtime.metrics import table, write_json
 
 BEST_METRIC = "clean_top1"

@@ -10,8 +10,8 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from advprop_jax import evaluate, train
+from advprop_jax.errors import InputError
 from advprop_jax.runtime.config import require_known
-from advprop_jax.runtime.errors import InputError
 from advprop_jax.runtime.memory import keep_freed_memory
 
 _CONFIG = config_flags.DEFINE_config_file(

@@ -11,6 +11,7 @@ import jax
 import ml_collections
 
 from advprop_jax.data import loader, transforms
+from advprop_jax.errors import InputError
 from advprop_jax.evaluate import (
   BEST_METRIC,
   CLEAN,
@@ -23,8 +24,7 @@ from advprop_jax.method.state import TrainState
 from advprop_jax.method.step import train_step
 from advprop_jax.models.batch_norm import drop_auxiliary
 from advprop_jax.runtime import parallel
-from advprop_jax.runtime.checkpoint import Checkpoints, replicated
-from advprop_jax.runtime.errors import InputError
+from advprop_jax.runtime.checkpoint import Checkpoints
 from advprop_jax.runtime.metrics import MetricsWriter, Progress, table, write_json
 
 
@@ -121,7 +121,7 @@ def start_or_resume(experiment: Experiment, checkpoints: Checkpoints):
       process_index=jax.process_index(), process_count=jax.process_count())
   restored = checkpoints.restore_latest(jax.eval_shape(create))
   if restored is None:
-    return jax.device_put(parallel.run_once(create), replicated()), batches
+    return jax.device_put(parallel.run_once(create), parallel.replicated()), batches
   batches.set_state(restored.iterator)
   return restored.state, batches
 

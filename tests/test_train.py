@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 from advprop_jax import evaluate, train
+from advprop_jax.errors import InputError
 from advprop_jax.experiment import create_experiment, fresh_state
 from advprop_jax.runtime.checkpoint import Checkpoints
 from advprop_jax.runtime.config import default_config
-from advprop_jax.runtime.errors import InputError
 from tests import one_block
 from tests.conftest import ROOT
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from advprop_jax.data.sources import Source
 from advprop_jax.data.transforms import EvaluationTransform, TrainingTransform
-from advprop_jax.runtime.errors import InputError
+from advprop_jax.errors import InputError
 
 Batch = dict[str, np.ndarray]
 

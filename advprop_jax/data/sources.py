@@ -17,7 +17,7 @@ from array_record.python.array_record_module import ArrayRecordReader
 from etils import epath
 from PIL import Image
 
-from advprop_jax.runtime.errors import InputError
+from advprop_jax.errors import InputError
 
 BUNDLED = epath.Path(__file__).parent / "bundled"
 BUNDLED_NAMES = {"bundled": "fashion_mnist_small", "fashion_mnist_small": "fashion_mnist_small"}

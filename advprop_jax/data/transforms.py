@@ -9,7 +9,7 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image
 
-from advprop_jax.runtime.errors import InputError
+from advprop_jax.errors import InputError
 
 TrainingTransform = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 EvaluationTransform = Callable[[np.ndarray], np.ndarray]

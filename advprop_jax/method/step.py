@@ -18,7 +18,7 @@ from advprop_jax.method.loss import cross_entropy
 from advprop_jax.method.schemes import Scheme
 from advprop_jax.method.state import TrainState, update_ema
 from advprop_jax.models.batch_norm import statistics_collection
-from advprop_jax.runtime.parallel import AXIS, image_keys
+from advprop_jax.models.dropout import image_keys
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Method:
   """A way to train a network: all of it but the state and the data.
 
   Attributes:
-    model: a network whose domains are those of the scheme.
+    model: a network whose domains are those of the scheme, and that knows the pmapped axis.
     scheme: what a mini-batch becomes.
     attack: makes the adversarial parts.
     optimizer: the optax chain.
@@ -34,7 +34,6 @@ class Method:
     ema_decay: of the moving averages; unused where the state holds none.
     accumulation: number of micro-batches, one after the other, that make one update.
     one_pass: takes the losses of all parts in one pass of the network, in place of one pass each.
-    axis_name: the pmapped axis; None where there is none.
   """
 
   model: nn.Module
@@ -45,7 +44,11 @@ class Method:
   ema_decay: float = 0.9999
   accumulation: int = 1
   one_pass: bool = True
-  axis_name: str | None = AXIS
+
+  @property
+  def axis_name(self) -> str | None:
+    """The pmapped axis; None outside of pmap."""
+    return self.model.axis_name
 
 
 def train_step(method: Method, state: TrainState, batch: dict) -> tuple[TrainState, dict]:

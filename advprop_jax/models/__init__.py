@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import flax.linen as nn
 import jax.numpy as jnp
 
+from advprop_jax.errors import InputError
 from advprop_jax.models import efficientnet
-from advprop_jax.runtime.errors import InputError
 
 # name -> (network, its architecture, whose image_size and total_stride are public). A new family
 # of networks is one more line.

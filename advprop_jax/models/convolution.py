@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 # On the CPU: in how many parts a batch is convolved, and is summed up for the weight gradient.
-_GROUPS = 8
+_GROUPS = 4
 _SUMS = 16
 
 

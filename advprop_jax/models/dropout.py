@@ -12,8 +12,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from advprop_jax.runtime.parallel import image_keys
-
 
 class Dropout(nn.Module):
   """Sets values to zero with probability `rate` and scales the rest up.
@@ -44,6 +42,25 @@ class Dropout(nn.Module):
                         len(x) // len(domains), self.axis_name))
         for domain in domains])
     return jnp.where(kept, x / (1 - self.rate), 0).astype(x.dtype)
+
+
+def image_keys(key: jax.Array, images: int, axis_name: str | None = None) -> jax.Array:
+  """A random key for each image of this device, by the image's place in the global batch.
+
+  What is drawn with them is the same for any number of devices.
+
+  Args:
+    key: one key, the same on all devices.
+    images: the number of images on this device.
+    axis_name: the pmapped axis; None outside of pmap.
+
+  Returns:
+    Keys, shape (images, ...).
+  """
+  place = jnp.arange(images)
+  if axis_name is not None:
+    place += images * jax.lax.axis_index(axis_name)
+  return jax.vmap(lambda i: jax.random.fold_in(key, i))(place)
 
 
 def _bernoulli(probability: float, shape: tuple[int, ...]) -> Callable[[jax.Array], jax.Array]:

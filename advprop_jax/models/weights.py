@@ -18,9 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from advprop_jax.errors import InputError
 from advprop_jax.models import canonical_name, create_model, efficientnet
 from advprop_jax.models.batch_norm import drop_auxiliary
-from advprop_jax.runtime.errors import InputError
 
 _SHOWN = 10  # differences that an error message lists
 

@@ -16,14 +16,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging as absl_logging
 from etils import epath
 
-from advprop_jax.runtime.errors import InputError
+from advprop_jax.errors import InputError
 from advprop_jax.runtime.integrity import DamagedError, brief, check_tree, verify, write_manifest
-from advprop_jax.runtime.parallel import AXIS
+from advprop_jax.runtime.parallel import replicated
 
 _METRICS = "metrics_of_step"   # "metrics" is a name that Orbax keeps for itself
 
@@ -43,17 +42,6 @@ class Restored:
   iterator: dict[str, Any]
   config: dict[str, Any]
   metrics: dict[str, float]
-
-
-def replicated(devices: Sequence[jax.Device] | None = None) -> jax.sharding.NamedSharding:
-  """The sharding that `parallel.pmap` gives its results: a copy on each device of this process.
-
-  A state that is put there at the start (`jax.device_put(state, replicated())`) or restored there
-  is donated without a copy, and the step compiles once; any other sharding makes it compile twice,
-  for the first step and for all others.
-  """
-  mesh = jax.sharding.Mesh(np.array(devices or jax.local_devices()), (AXIS,))
-  return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
 
 class Checkpoints:

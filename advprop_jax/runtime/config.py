@@ -21,9 +21,9 @@ import ml_collections
 
 from advprop_jax import models
 from advprop_jax.data.transforms import AUGMENTATIONS
+from advprop_jax.errors import InputError
 from advprop_jax.method import attack, optimizer
 from advprop_jax.method.schemes import SCHEMES
-from advprop_jax.runtime.errors import InputError
 
 Check = Callable[[Any], str | None]  # a value -> what would do, or None where it will do
 

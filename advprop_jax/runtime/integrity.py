@@ -17,7 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from advprop_jax.runtime.errors import InputError
+from advprop_jax.errors import InputError
 
 MANIFEST = "files.json"
 _CHUNK = 1 << 24   # bytes

@@ -20,7 +20,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 from tqdm import tqdm
 
-from advprop_jax.runtime.errors import InputError
+from advprop_jax.errors import InputError
 
 _SECONDS_BETWEEN_LINES = 10.0
 

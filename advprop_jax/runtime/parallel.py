@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 AXIS = "replicas"
@@ -25,6 +24,17 @@ def pmap(step: Callable, donate_state: bool = False,
                   donate_argnums=(0,) if donate_state else ())
 
 
+def replicated(devices: Sequence[jax.Device] | None = None) -> jax.sharding.NamedSharding:
+  """The sharding that `pmap` gives its results: a copy on each device of this process.
+
+  A state that is put there at the start (`jax.device_put(state, replicated())`) or restored there
+  is donated without a copy, and the step compiles once; any other sharding makes it compile twice,
+  for the first step and for all others.
+  """
+  mesh = jax.sharding.Mesh(np.array(devices or jax.local_devices()), (AXIS,))
+  return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+
 def run_once(create: Callable):
   """Runs a function of no arguments, compiled in a hurry.
 
@@ -39,25 +49,6 @@ def shard(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
   """Splits (n, ...) arrays of this process into (local devices, n / local devices, ...)."""
   devices = jax.local_device_count()
   return {name: array.reshape(devices, -1, *array.shape[1:]) for name, array in batch.items()}
-
-
-def image_keys(key: jax.Array, images: int, axis_name: str | None = AXIS) -> jax.Array:
-  """A random key for each image of this device, by the image's place in the global batch.
-
-  What is drawn with them is the same for any number of devices.
-
-  Args:
-    key: one key, the same on all devices.
-    images: the number of images on this device.
-    axis_name: the pmapped axis; None outside of pmap.
-
-  Returns:
-    Keys, shape (images, ...).
-  """
-  place = jnp.arange(images)
-  if axis_name is not None:
-    place += images * jax.lax.axis_index(axis_name)
-  return jax.vmap(lambda i: jax.random.fold_in(key, i))(place)
 
 
 def wait_each_step() -> bool:

@@ -1,6 +1,6 @@
 """Measures the data path on the bundled set and prints one JSON object; asserts nothing.
 
-    python tests/benchmarks/data_pipeline.py [--batch_size=128] [--batches=100] [--repeats=5]
+    python -m tests.benchmarks.data_pipeline [--batch_size=128] [--batches=100] [--repeats=5]
 
 For each number of threads that read ahead: records/s of wall time, and microseconds of CPU time
 per record, which the training loop has to share its cores with. Each is the best of the repeats.

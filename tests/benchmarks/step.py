@@ -1,8 +1,8 @@
 """Times one train step: schemes and attacks against each other, one pass of both domains or two.
 
-  python tests/benchmarks/step.py --network=efficientnet_tiny --size=28 --batch=128
-  python tests/benchmarks/step.py --network=efficientnet_b0 --size=128 --batch=16
-  python tests/benchmarks/step.py --malloc        # with the C library's own way with memory
+  python -m tests.benchmarks.step --network=efficientnet_tiny --size=28 --batch=128
+  python -m tests.benchmarks.step --network=efficientnet_b0 --size=128 --batch=16
+  python -m tests.benchmarks.step --malloc        # with the C library's own way with memory
 
 The cases alternate, so that a machine whose speed drifts does so for all of them. Prints one JSON
 line per case: the median of the seconds, and the median of the ratios to the first case.
@@ -24,7 +24,6 @@ from advprop_jax.method.schemes import SCHEMES
 from advprop_jax.method.state import create_train_state
 from advprop_jax.method.step import Method, train_step
 from advprop_jax.runtime import parallel
-from advprop_jax.runtime.checkpoint import replicated
 from advprop_jax.runtime.memory import keep_freed_memory
 
 _NETWORK = flags.DEFINE_string("network", "efficientnet_tiny", "a name of models.NAMES")
@@ -38,7 +37,7 @@ _MALLOC = flags.DEFINE_bool("malloc", False, "leave malloc as it is")
 
 
 def create(case: str):
-  """A function that runs one step, and the seconds that compiling it took."""
+  """A function that runs one step, and what its compiler knows: seconds, memory."""
   scheme = SCHEMES["vanilla" if case == "vanilla" else "advprop"]
   steps, passes = (0, "one") if case == "vanilla" else case.removeprefix("pgd").split("-")
   model = models.create_model(_NETWORK.value, 10, scheme.domains, dtype=_DTYPE.value,
@@ -47,21 +46,25 @@ def create(case: str):
                                epsilon=1e-3)
   method = Method(model, scheme, Attack(num_steps=int(steps)), optimizer, one_pass=passes == "one")
   state = jax.device_put(parallel.run_once(lambda: create_train_state(
-      model, optimizer, 0, _SIZE.value, ema=True)), replicated())
-  step = parallel.pmap(functools.partial(train_step, method), donate_state=True)
+      model, optimizer, 0, _SIZE.value, ema=True)), parallel.replicated())
   rng = np.random.default_rng(0)
   batch = parallel.shard({
       "image": rng.integers(0, 256, (_BATCH.value, _SIZE.value, _SIZE.value, 3), np.uint8),
       "label": rng.integers(0, 10, _BATCH.value).astype(np.int32)})
+
+  start = time.perf_counter()
+  step = parallel.pmap(functools.partial(train_step, method), donate_state=True).lower(
+      state, batch).compile()
+  compiling = time.perf_counter() - start
 
   def run():
     nonlocal state
     state, metrics = step(state, batch)
     jax.block_until_ready(metrics)
 
-  start = time.perf_counter()
   run()
-  return run, time.perf_counter() - start
+  return run, {"compile_seconds": round(compiling, 1),
+               "temporary_MiB": round(step.memory_analysis().temp_size_in_bytes / 2**20)}
 
 
 def main(argv):
@@ -76,14 +79,14 @@ def main(argv):
       run()
       seconds[case].append(time.perf_counter() - start)
   first = seconds[_CASES.value[0]]
-  for case, (_, compiling) in cases.items():
+  for case, (_, compiled) in cases.items():
     median = statistics.median(seconds[case])
     ratios = [a / b for a, b in zip(seconds[case], first, strict=True)]
     print(json.dumps({
         "network": _NETWORK.value, "size": _SIZE.value, "batch": _BATCH.value, "case": case,
         "seconds": round(median, 4), "images_per_second": round(_BATCH.value / median, 1),
         f"ratio_to_{_CASES.value[0]}": round(statistics.median(ratios), 3),
-        "first_step_seconds": round(compiling, 1)}))
+        **compiled}))
 
 
 if __name__ == "__main__":

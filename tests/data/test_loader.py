@@ -12,7 +12,7 @@ import pytest
 from advprop_jax.data.loader import evaluation_batches, training_batches
 from advprop_jax.data.sources import Source, open_source
 from advprop_jax.data.transforms import evaluation_transform, training_transform
-from advprop_jax.runtime.errors import InputError
+from advprop_jax.errors import InputError
 
 SIZE = 6
 

@@ -16,7 +16,7 @@ from PIL import Image
 from tensorflow_datasets.proto import tf_example_pb2
 
 from advprop_jax.data.sources import BUNDLED, decode, open_source
-from advprop_jax.runtime.errors import InputError
+from advprop_jax.errors import InputError
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
 VERSION = pathlib.Path(BUNDLED) / "fashion_mnist_small" / "1.0.0"

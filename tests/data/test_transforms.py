@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from advprop_jax.data import transforms
-from advprop_jax.runtime.errors import InputError
+from advprop_jax.errors import InputError
 
 
 def picture(height: int, width: int, seed: int = 0) -> np.ndarray:

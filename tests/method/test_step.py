@@ -15,7 +15,7 @@ from advprop_jax.method.schemes import SCHEMES
 from advprop_jax.method.state import create_train_state
 from advprop_jax.method.step import Method, attack_images, eval_step, to_model_units, train_step
 from advprop_jax.models.batch_norm import drop_auxiliary
-from advprop_jax.runtime.parallel import image_keys
+from advprop_jax.models.dropout import image_keys
 from tests import one_block
 
 RATE = 0.5  # the optimizer is plain SGD, so that parameters show the gradient: (old - new) / RATE
@@ -25,7 +25,7 @@ def make_method(scheme="advprop", **settings):
   scheme = SCHEMES[scheme]
   model = one_block.create(domains=scheme.domains, dropout_rate=0.0, drop_path_rate=0.0)
   return Method(**{"model": model, "scheme": scheme, "attack": Attack(num_steps=2),
-                   "optimizer": optax.sgd(RATE), "axis_name": None, **settings})
+                   "optimizer": optax.sgd(RATE), **settings})
 
 
 def make_state(method, seed=0, ema=True):

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from advprop_jax import models
+from advprop_jax.errors import InputError
 from advprop_jax.models import create_model, efficientnet
-from advprop_jax.runtime.errors import InputError
 from tests import one_block
 
 # Trainable parameters with 1000 classes, measured on timm 1.0.31 (the published ones; the tiny

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
+from advprop_jax.errors import InputError
 from advprop_jax.models import NAMES, create_model, efficientnet
 from advprop_jax.models.weights import from_timm, to_timm
-from advprop_jax.runtime.errors import InputError
 
 EFFICIENTNETS = [name for name in NAMES if name.startswith("efficientnet")]
 GOLDEN = [

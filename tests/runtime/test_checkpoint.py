@@ -19,9 +19,9 @@ import numpy as np
 import optax
 import pytest
 
-from advprop_jax.runtime.checkpoint import Checkpoints, replicated
-from advprop_jax.runtime.errors import InputError
-from advprop_jax.runtime.parallel import pmap
+from advprop_jax.errors import InputError
+from advprop_jax.runtime.checkpoint import Checkpoints
+from advprop_jax.runtime.parallel import pmap, replicated
 
 ITERATOR = {"position": 7, "epoch": [1, 2]}
 CONFIG = {"scheme": "advprop", "attack": {"epsilon": 4.0}}
@@ -391,7 +391,7 @@ DISK_FULL = """
 import json, resource
 import jax, jax.numpy as jnp
 from advprop_jax.runtime.checkpoint import Checkpoints
-from advprop_jax.runtime.errors import InputError
+from advprop_jax.errors import InputError
 def state(seed):
   return {"w": jax.random.normal(jax.random.key(seed), (500, 500))}
 errors = []

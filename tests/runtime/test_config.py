@@ -9,6 +9,7 @@ import ml_collections
 import numpy as np
 import pytest
 
+from advprop_jax.errors import InputError
 from advprop_jax.experiment import create_method, resolve
 from advprop_jax.method.attack import Attack
 from advprop_jax.method.state import create_train_state
@@ -21,7 +22,6 @@ from advprop_jax.runtime.config import (
   flatten,
   validate,
 )
-from advprop_jax.runtime.errors import InputError
 from tests.conftest import ROOT
 
 VARIANTS = {

@@ -22,7 +22,7 @@ from PIL import Image
 from tensorboardX.crc32c import crc32c
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from advprop_jax.runtime.errors import InputError
+from advprop_jax.errors import InputError
 from advprop_jax.runtime.metrics import MetricsWriter, Progress, table, write_json
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
