@@ -113,7 +113,7 @@ def create_method(config: ml_collections.ConfigDict, num_classes: int,
           settings.decay_batch_norm, momentum=settings.momentum, nesterov=settings.nesterov,
           rms_decay=settings.rms_decay, epsilon=settings.epsilon, b1=settings.b1, b2=settings.b2),
       label_smoothing=config.loss.label_smoothing, ema_decay=config.train.ema_decay,
-      accumulation=config.train.accumulation, one_pass=config.train.one_pass)
+      accumulation=config.train.accumulation)
 
 
 def evaluation_attack(config: ml_collections.ConfigDict, attack: Attack) -> Attack:

@@ -15,7 +15,7 @@ from flax import linen as nn
 
 from advprop_jax.method.attack import ATTACKS, PIXEL, Attack, random_targets
 from advprop_jax.method.loss import cross_entropy
-from advprop_jax.method.schemes import Scheme
+from advprop_jax.method.schemes import Part, Scheme
 from advprop_jax.method.state import TrainState, update_ema
 from advprop_jax.models.batch_norm import statistics_collection
 from advprop_jax.models.dropout import image_keys
@@ -33,7 +33,6 @@ class Method:
     label_smoothing: of the loss, in training and in the attack.
     ema_decay: of the moving averages; unused where the state holds none.
     accumulation: number of micro-batches, one after the other, that make one update.
-    one_pass: takes the losses of all parts in one pass of the network, in place of one pass each.
   """
 
   model: nn.Module
@@ -43,7 +42,6 @@ class Method:
   label_smoothing: float = 0.1
   ema_decay: float = 0.9999
   accumulation: int = 1
-  one_pass: bool = True
 
   @property
   def axis_name(self) -> str | None:
@@ -141,28 +139,36 @@ def forward(method: Method, params: dict, batch_stats: dict, images: dict,
     method: model and scheme.
     params: of the model.
     batch_stats: every domain's collection.
-    images: {part: (n, h, w, 3) in [-1, 1]}, in the scheme's order.
+    images: {part: (n, h, w, 3) in [-1, 1]}.
     dropout_key: the same for all parts.
 
   Returns:
     {part: (n, classes)} and the collections, those of the scheme's domains moved.
   """
-  def apply(batch_stats, images, domains):
-    mutable = [statistics_collection(domain, method.model.domains, method.model.share_statistics)
-               for domain in domains]
-    logits, moved = method.model.apply(
-        {"params": params, **batch_stats}, images, domains=domains, train=True, mutable=mutable,
-        rngs={"dropout": dropout_key})
-    return logits, {**batch_stats, **moved}
-
-  if method.one_pass:
-    joined = jnp.concatenate(list(images.values()))
-    logits, batch_stats = apply(batch_stats, joined, method.scheme.domains)
-    return dict(zip(images, jnp.split(logits, len(images)), strict=True)), batch_stats
   logits = {}
-  for part in method.scheme.parts:
-    logits[part.name], batch_stats = apply(batch_stats, images[part.name], (part.domain,))
+  for collection, parts in passes(method.scheme, method.model).items():
+    outputs, moved = method.model.apply(
+        {"params": params, **batch_stats}, jnp.concatenate([images[part.name] for part in parts]),
+        domains=tuple(dict.fromkeys(part.domain for part in parts)), train=True,
+        mutable=[collection], rngs={"dropout": dropout_key})
+    batch_stats = {**batch_stats, **moved}
+    logits |= zip((part.name for part in parts), jnp.split(outputs, len(parts)), strict=True)
   return logits, batch_stats
+
+
+def passes(scheme: Scheme, model: nn.Module) -> dict[str, list[Part]]:
+  """Which parts go through the network together: those that are normalised as one batch.
+
+  Returns:
+    {collection of running statistics: the parts that it is moved by}. With a batch norm for each
+    domain, that is one pass for each domain: as fast as one of all (measured:
+    tests/benchmarks/step.py), and in less memory.
+  """
+  together = {}
+  for part in scheme.parts:
+    collection = statistics_collection(part.domain, model.domains, model.share_statistics)
+    together.setdefault(collection, []).append(part)
+  return together
 
 
 def accumulate(micro_step, batch_stats: dict, batch: dict, dropout_key: jax.Array, pieces: int):

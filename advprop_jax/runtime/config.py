@@ -133,7 +133,6 @@ FIELDS = {
     "train.epochs": Field(350.0, float, "length of training", NOT_NEGATIVE),
     "train.steps": Field(None, int, "in place of train.epochs", NOT_NEGATIVE),
     "train.accumulation": Field(1, int, "micro-batches per update", POSITIVE),
-    "train.one_pass": Field(True, bool, "clean and adversarial images in one pass of the network"),
     "train.ema_decay": Field(0.9999, float, "of weights and statistics; 0: none",
                              between(0, 1, open_high=True)),
     "train.log_every": Field(50, int, "steps between two lines of metrics", POSITIVE),

@@ -130,7 +130,7 @@ def test_a_value_that_cannot_work(path):
 
 @pytest.mark.parametrize(("path", "value", "kind"), [
     ("scheme", 3, "str"), ("data.batch_size", 12.5, "int"), ("attack.epsilon", "four", "float"),
-    ("train.one_pass", "yes", "bool"), ("seed", True, "int"), ("train.steps", 1.5, "int"),
+    ("optimizer.nesterov", "yes", "bool"), ("seed", True, "int"), ("train.steps", 1.5, "int"),
     ("optimizer.learning_rate", None, "float")])
 def test_a_value_of_the_wrong_type(path, value, kind):
   sentence = refused(config_with(path, value))
