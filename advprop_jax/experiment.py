@@ -40,12 +40,18 @@ class Experiment:
   steps_per_epoch: float
   total_steps: int
 
-  def every(self, section: str) -> int:
-    """Steps between two of `eval` or `checkpoint`; 0: at the end alone."""
+  def every(self, section: str) -> float:
+    """Steps between two of `eval` or `checkpoint`, not always whole; 0: at the end alone."""
     settings = self.config[section]
-    steps = duration(settings, "every", self.steps_per_epoch)
-    wanted = settings.every_epochs if settings.every_steps is None else settings.every_steps
-    return max(steps, 1) if wanted else 0
+    if settings.every_steps is not None:
+      return settings.every_steps
+    return settings.every_epochs * self.steps_per_epoch
+
+  def due(self, step: int, every: float) -> bool:
+    """Whether something is to be done after a step that is done every so many, and at the end."""
+    if step == self.total_steps or not every:
+      return step == self.total_steps
+    return step // every > (step - 1) // every
 
 
 def create_experiment(config: ml_collections.ConfigDict) -> Experiment:

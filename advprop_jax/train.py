@@ -75,14 +75,11 @@ def fit(experiment: Experiment, state: TrainState, batches, checkpoints: Checkpo
   eval_every, save_every = experiment.every("eval"), experiment.every("checkpoint")
   step_fn = parallel.pmap(functools.partial(train_step, experiment.method), donate_state=True)
 
-  def due(step, every):
-    return step == total or (every and step % every == 0)
-
   def record(step, metrics):
     metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
     require_finite(step, metrics)
     progress.update(step, loss=metrics["loss"])
-    if due(step, log_every):
+    if experiment.due(step, log_every):
       speed = progress.images_per_second()
       writer.write(step, {
           **{f"train/{name}": value for name, value in metrics.items()},
@@ -96,15 +93,17 @@ def fit(experiment: Experiment, state: TrainState, batches, checkpoints: Checkpo
     if unread:
       record(*unread)
     unread = (step, metrics)
-    if due(step, eval_every) or due(step, save_every) or parallel.wait_each_step():
+    evaluate_now = experiment.due(step, eval_every)
+    save_now = experiment.due(step, save_every)
+    if evaluate_now or save_now or parallel.wait_each_step():
       record(*unread)
       unread = None
     results = None
-    if due(step, eval_every):
+    if evaluate_now:
       with progress.paused():
         results = evaluate_clean(state.evaluation_variables)
       writer.write(step, {"test/clean_top1": results["top1"], "test/clean_loss": results["loss"]})
-    if due(step, save_every):
+    if save_now:
       checkpoints.save(step, state, batches.get_state(), experiment.config.to_dict(),
                        results and {BEST_METRIC: results["top1"]})
   return state
@@ -147,11 +146,12 @@ def claim_workdir(config: ml_collections.ConfigDict, workdir: str) -> None:
 
 
 def require_finite(step: int, metrics: dict[str, float]) -> None:
-  """Raises an InputError if the loss of a step is infinite or not a number."""
-  if not math.isfinite(metrics["loss"]):
+  """Raises an InputError if the loss of a step, or its gradient, is infinite or not a number."""
+  if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["gradient_norm"])):
+    what = "gradient" if math.isfinite(metrics["loss"]) else "loss"
     parts = ", ".join(f"{name} {value:g}" for name, value in metrics.items()
-                      if name.startswith("loss"))
-    raise InputError(f"step {step}: the loss is not finite ({parts}); the checkpoints before it "
+                      if name.startswith(("loss", "gradient")))
+    raise InputError(f"step {step}: the {what} is not finite ({parts}); the checkpoints before it "
                      "are kept; try a lower config.optimizer.learning_rate")
 
 

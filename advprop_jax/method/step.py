@@ -58,8 +58,8 @@ def train_step(method: Method, state: TrainState, batch: dict) -> tuple[TrainSta
     batch: this device's part, {"image": (n, h, w, 3) uint8, "label": (n,) integers}.
 
   Returns:
-    The new state, and metrics {"loss", "loss/<part>", "accuracy/<part>"} averaged over all
-    images of all devices; both the same on all devices.
+    The new state, and metrics {"loss", "loss/<part>", "accuracy/<part>"}, means over all images of
+    all devices, and "gradient_norm", the gradient's L2 norm; both the same on all devices.
   """
   attack_key, dropout_key = jax.random.split(jax.random.fold_in(state.key, state.step))
   batch = {"label": batch["label"],
@@ -83,6 +83,7 @@ def train_step(method: Method, state: TrainState, batch: dict) -> tuple[TrainSta
   batch_stats, averages = accumulate(
       micro_step, state.batch_stats, batch, dropout_key, method.accumulation)
   batch_stats, (gradients, metrics) = mean_over_devices((batch_stats, averages), method.axis_name)
+  metrics["gradient_norm"] = optax.global_norm(gradients)
   return update(method, state, gradients, batch_stats), metrics
 
 

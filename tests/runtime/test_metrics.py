@@ -24,8 +24,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from advprop_jax.errors import InputError
 from advprop_jax.runtime.metrics import MetricsWriter, Progress, table, write_json
-
-ROOT = pathlib.Path(__file__).resolve().parents[2]
+from tests.conftest import ROOT
 
 
 def read_lines(workdir: pathlib.Path) -> list[dict]:
