@@ -83,7 +83,7 @@ def train_step(method: Method, state: TrainState, batch: dict) -> tuple[TrainSta
   batch_stats, averages = accumulate(
       micro_step, state.batch_stats, batch, dropout_key, method.accumulation)
   batch_stats, (gradients, metrics) = mean_over_devices((batch_stats, averages), method.axis_name)
-  metrics["gradient_norm"] = optax.global_norm(gradients)
+  metrics["gradient_norm"] = optax.tree.norm(gradients)
   return update(method, state, gradients, batch_stats), metrics
 
 
