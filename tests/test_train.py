@@ -47,9 +47,11 @@ def make_config(**changes):
   return config
 
 
-def final_state(workdir, config=None):
+def final_state(workdir):
   """The state of the newest checkpoint."""
-  abstract = jax.eval_shape(lambda: fresh_state(create_experiment(config or make_config())))
+  config = default_config()
+  config.update(json.loads((workdir / "config.json").read_text()))
+  abstract = jax.eval_shape(lambda: fresh_state(create_experiment(config)))
   with Checkpoints(os.path.join(workdir, "checkpoints"), write=False) as checkpoints:
     return checkpoints.restore_latest(abstract).state
 
