@@ -18,7 +18,7 @@ from advprop_jax.method.step import Method, eval_step
 from advprop_jax.runtime import parallel
 from advprop_jax.runtime.checkpoint import Checkpoints
 from advprop_jax.runtime.config import differences
-from advprop_jax.runtime.metrics import table, write_json
+from advprop_jax.runtime.metrics import read_json, table, write_json
 
 BEST_METRIC = "clean_top1"
 CLEAN = "clean"
@@ -75,7 +75,7 @@ def create_evaluators(experiment: Experiment) -> dict[str, Evaluator | None]:
 
 def attacked_domain(method: Method) -> str | None:
   """The auxiliary domain whose batch norms see adversarial images; None if there is none."""
-  domains = [part.domain for part in method.scheme.parts if part.attacked]
+  domains = [part.domain for part in method.scheme.made if part.attacked]
   return next((domain for domain in domains if domain != method.scheme.domains[0]), None)
 
 
@@ -94,6 +94,8 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict:
   """
   experiment = create_experiment(config)
   config, abstract = experiment.config, jax.eval_shape(lambda: fresh_state(experiment))
+  if os.path.exists(os.path.join(workdir, "config.json")):
+    refuse_other_config(config, read_config(workdir), workdir, ignored=("eval", "checkpoint"))
   with Checkpoints(os.path.join(workdir, "checkpoints"), write=False,
                    best_metric=BEST_METRIC) as checkpoints:
     if config.eval.checkpoint == "best":
@@ -113,13 +115,17 @@ def conclude(experiment: Experiment, variables: dict, step: int, workdir: str,
              evaluators: dict[str, Evaluator | None], training: dict | None = None) -> dict:
   """Measures all that there is to measure, and shows it.
 
+  At the end of a training it writes summary.json and adversarial.png; later evaluations, whose
+  settings may be others, write evaluation.json and evaluation.png.
+
   Args:
     experiment: the run.
     variables: of the model; moving averages where the run keeps them.
     step: number of updates behind them.
-    workdir: for summary.json and adversarial.png.
+    workdir: for the two files.
     evaluators: of this experiment.
-    training: what is known of the training itself, to be kept in the summary.
+    training: what is known of the training that ends here, to be kept in the summary; None where
+      none ends.
 
   Returns:
     The summary.
@@ -135,11 +141,13 @@ def conclude(experiment: Experiment, variables: dict, step: int, workdir: str,
       "evaluation_seconds": round(seconds, 2), "devices": jax.device_count(),
       "device_kind": jax.devices()[0].device_kind}
   if jax.process_index() == 0:
-    write_json(os.path.join(workdir, "summary.json"), summary)
+    names = ("evaluation.json", "evaluation.png") if training is None else (
+        "summary.json", "adversarial.png")
+    write_json(os.path.join(workdir, names[0]), summary)
     picture = report.adversarial_picture(experiment, variables, attacked_domain(experiment.method))
-    picture.save(os.path.join(workdir, "adversarial.png"))
+    picture.save(os.path.join(workdir, names[1]))
     print("\n" + results_table(summary))
-    print(f"\nsummary.json and adversarial.png are in {workdir}")
+    print(f"\n{' and '.join(names)} are in {workdir}")
   return summary
 
 
@@ -155,6 +163,19 @@ def results_table(summary: dict) -> str:
                            [f"{100 * result['top1']:.2f}", f"{result['loss']:.4f}",
                             result["images"]])])
   return table(rows, ["test images", "top-1 %", "loss", "images"])
+
+
+def read_config(workdir: str) -> dict:
+  """The config that a workdir's run was started with.
+
+  Raises:
+    InputError: its config.json is not whole.
+  """
+  saved = read_json(os.path.join(workdir, "config.json"))
+  if not saved:
+    raise InputError(f"--workdir={workdir}: its config.json is not whole; delete that file, and "
+                     "what the checkpoints say will be taken")
+  return saved
 
 
 def refuse_other_config(config: ml_collections.ConfigDict, saved: dict, workdir: str,

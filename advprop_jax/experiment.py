@@ -6,13 +6,14 @@ import jax
 import ml_collections
 
 from advprop_jax import models
-from advprop_jax.data import sources
+from advprop_jax.data import folder, sources
+from advprop_jax.errors import InputError
 from advprop_jax.method import optimizer
-from advprop_jax.method.attack import Attack
-from advprop_jax.method.schemes import SCHEMES
+from advprop_jax.method.attack import Attack, create_attack
+from advprop_jax.method.schemes import Scheme
 from advprop_jax.method.state import TrainState, create_train_state
 from advprop_jax.method.step import Method
-from advprop_jax.runtime.config import duration, validate
+from advprop_jax.runtime.config import create_scheme, duration, validate
 from advprop_jax.runtime.parallel import AXIS
 
 
@@ -68,21 +69,38 @@ def create_experiment(config: ml_collections.ConfigDict) -> Experiment:
   """
   config = resolve(config)
   validate(config, jax.device_count())
-  train_source = sources.open_source(config.data.name, config.data.dir, config.data.train_split)
-  test_source = sources.open_source(config.data.name, config.data.dir, config.data.test_split)
+  train_source = open_split(config.data, config.data.train_split)
+  test_source = open_split(config.data, config.data.test_split)
+  num_classes = train_source.num_classes
+  if config.attack.target != "none" and num_classes < 2:
+    raise InputError(f"config.attack.target={config.attack.target!r}: there is no other label in "
+                     f"data of {num_classes} class; give 'none'")
+  scheme = create_scheme(config)
   steps_per_epoch = len(train_source) / config.data.batch_size
-  total_steps = duration(config.train, "", steps_per_epoch)
+  # Of an epoch as the config means it.
+  steps = steps_per_epoch / scheme.budget if scheme.same_budget else steps_per_epoch
+  total_steps = duration(config.train, "", steps)
+  if not total_steps and config.train.steps is None and config.train.epochs:
+    raise InputError(f"config.train.epochs={config.train.epochs:g}: less than one step of "
+                     f"{config.data.batch_size} images; give at least {1 / steps:.2g}, or 0")
   schedule = optimizer.SCHEDULES[config.optimizer.schedule](
       config.optimizer.learning_rate, total_steps,
-      warmup=duration(config.optimizer, "warmup", steps_per_epoch),
+      warmup=duration(config.optimizer, "warmup", steps),
       decay_rate=config.optimizer.decay_rate,
-      decay=max(duration(config.optimizer, "decay", steps_per_epoch), 1))
-  attack = Attack(**config.attack)
+      decay=max(duration(config.optimizer, "decay", steps), 1))
+  attack = training_attack(config, steps)
   return Experiment(
       config=config, train_source=train_source, test_source=test_source,
-      method=create_method(config, train_source.num_classes, schedule, attack),
+      method=create_method(config, scheme, num_classes, schedule, attack),
       schedule=schedule, eval_attack=evaluation_attack(config, attack),
       steps_per_epoch=steps_per_epoch, total_steps=total_steps)
+
+
+def open_split(data: ml_collections.ConfigDict, split: str) -> sources.Source:
+  """Opens a split of what `config.data` names: class folders, the bundled set or TFDS data."""
+  if data.name == "folder":
+    return folder.open_folder(data.dir, split, data.broken)
+  return sources.open_source(data.name, data.dir, split)
 
 
 def fresh_state(experiment: Experiment) -> TrainState:
@@ -101,10 +119,9 @@ def resolve(config: ml_collections.ConfigDict) -> ml_collections.FrozenConfigDic
   return ml_collections.FrozenConfigDict(config)
 
 
-def create_method(config: ml_collections.ConfigDict, num_classes: int,
+def create_method(config: ml_collections.ConfigDict, scheme: Scheme, num_classes: int,
                   schedule: optimizer.Schedule, attack: Attack) -> Method:
   """The method of a validated config."""
-  scheme = SCHEMES[config.scheme].weighted(config.loss.weights)
   bank = config.model
   model = models.create_model(
       bank.name, num_classes, scheme.domains, dtype=bank.dtype,
@@ -122,9 +139,22 @@ def create_method(config: ml_collections.ConfigDict, num_classes: int,
       accumulation=config.train.accumulation)
 
 
+def training_attack(config: ml_collections.ConfigDict, steps_per_epoch: float) -> Attack:
+  """The attacker of a validated config."""
+  settings = dict(config.attack)
+  settings["ramp_steps"] = duration(config.attack, "ramp", steps_per_epoch)
+  if settings["label_smoothing"] is None:
+    settings["label_smoothing"] = config.loss.label_smoothing
+  return create_attack(**{field.name: settings[field.name] for field in dataclasses.fields(Attack)
+                          if field.name in settings})
+
+
 def evaluation_attack(config: ml_collections.ConfigDict, attack: Attack) -> Attack:
   """The training's attacker without its tricks, as strong as config.eval says."""
   strength = {name: value for name, value in config.eval.items()
               if name in ("epsilon", "step_size", "num_steps") and value is not None}
-  return dataclasses.replace(attack, clean_start=0.0, statistics="running", target="none",
-                             dropout=False, **strength)
+  if config.eval.attack is not None:
+    strength["name"] = config.eval.attack
+  return create_attack(**{
+      **dataclasses.asdict(attack), "clean_start": 0.0, "statistics": "running", "target": "none",
+      "dropout": False, "label_smoothing": 0.0, "ramp_steps": 0, **strength})

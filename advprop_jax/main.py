@@ -61,7 +61,8 @@ def _parse(argv: list[str]) -> list[str]:
     return rest
   except InputError:
     raise
-  except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+  except (flags.Error, AttributeError, ImportError, KeyError, NameError, OSError, SyntaxError,
+          TypeError, ValueError) as error:
     # Of a traceback that the error quotes, the last line says what is wrong.
     last = str(error).strip().splitlines()[-1].strip()
     raise InputError(re.sub(r"^\w+Error: |^\[Errno \d+\] ", "", last)) from error

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import json
 import math
 import os
 from collections.abc import Callable
@@ -17,15 +16,17 @@ from advprop_jax.evaluate import (
   CLEAN,
   conclude,
   create_evaluators,
+  read_config,
   refuse_other_config,
 )
 from advprop_jax.experiment import Experiment, create_experiment, fresh_state
+from advprop_jax.method.schemes import SECOND_VIEW
 from advprop_jax.method.state import TrainState
 from advprop_jax.method.step import train_step
 from advprop_jax.models.batch_norm import drop_auxiliary
 from advprop_jax.runtime import parallel
 from advprop_jax.runtime.checkpoint import Checkpoints
-from advprop_jax.runtime.metrics import MetricsWriter, Progress, table, write_json
+from advprop_jax.runtime.metrics import MetricsWriter, Progress, read_json, table, write_json
 
 
 def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
@@ -48,7 +49,8 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
   with contextlib.ExitStack() as stack:
     checkpoints = stack.enter_context(Checkpoints(
         os.path.join(workdir, "checkpoints"), experiment.config.checkpoint.keep, BEST_METRIC))
-    state, batches = start_or_resume(experiment, checkpoints)
+    state, batches = start_or_resume(experiment, checkpoints, workdir)
+    stack.callback(batches.close)
     start = int(state.step)
     if jax.process_index() == 0:
       print(describe(experiment, state, workdir), flush=True)
@@ -57,6 +59,8 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
         experiment.total_steps, start, experiment.config.data.batch_size))
     state = fit(experiment, state, batches, checkpoints, writer, progress, evaluators[CLEAN])
   training = {"images_per_second": progress.images_per_second(), "start_step": start}
+  if start == experiment.total_steps:  # no step was made; what is known of those that were stays
+    training = read_json(os.path.join(workdir, "summary.json")).get("training", training)
   return conclude(experiment, state.evaluation_variables, experiment.total_steps, workdir,
                   evaluators, training)
 
@@ -109,18 +113,23 @@ def fit(experiment: Experiment, state: TrainState, batches, checkpoints: Checkpo
   return state
 
 
-def start_or_resume(experiment: Experiment, checkpoints: Checkpoints):
+def start_or_resume(experiment: Experiment, checkpoints: Checkpoints, workdir: str):
   """The state and the batches of the newest whole checkpoint, or fresh ones."""
   config, create = experiment.config, functools.partial(fresh_state, experiment)
+  views = {source: transforms.training_transform(config.data.image_size, augment,
+                                                 config.data.padding)
+           for source, augment in {"image": config.data.augment,
+                                   SECOND_VIEW: config.data.second_augment}.items()
+           if augment is not None}
   batches = loader.training_batches(
       experiment.train_source, batch_size=config.data.batch_size,
-      transform=transforms.training_transform(
-          config.data.image_size, config.data.augment, config.data.padding),
+      transform=views.pop("image"), more_views=views,
       seed=config.seed, num_threads=config.data.num_threads,
       process_index=jax.process_index(), process_count=jax.process_count())
   restored = checkpoints.restore_latest(jax.eval_shape(create))
   if restored is None:
     return jax.device_put(parallel.run_once(create), parallel.replicated()), batches
+  refuse_other_config(config, restored.config, workdir, ignored=("eval", "checkpoint"))
   batches.set_state(restored.iterator)
   return restored.state, batches
 
@@ -135,12 +144,10 @@ def claim_workdir(config: ml_collections.ConfigDict, workdir: str) -> None:
   try:
     os.makedirs(workdir, exist_ok=True)
     if os.path.exists(path):
-      with open(path) as file:
-        saved = json.load(file)
-      refuse_other_config(config, saved, workdir)
+      refuse_other_config(config, read_config(workdir), workdir)
     elif jax.process_index() == 0:
       write_json(path, config.to_dict())
-  except (OSError, ValueError) as error:
+  except OSError as error:
     raise InputError(f"--workdir={workdir}: cannot be used ({error}); give a folder that can be "
                      "written") from error
 
@@ -152,7 +159,7 @@ def require_finite(step: int, metrics: dict[str, float]) -> None:
     parts = ", ".join(f"{name} {value:g}" for name, value in metrics.items()
                       if name.startswith(("loss", "gradient")))
     raise InputError(f"step {step}: the {what} is not finite ({parts}); the checkpoints before it "
-                     "are kept; try a lower config.optimizer.learning_rate")
+                     "are kept; try a lower config.optimizer.learning_rate in another --workdir")
 
 
 def describe(experiment: Experiment, state: TrainState, workdir: str) -> str:
@@ -160,15 +167,15 @@ def describe(experiment: Experiment, state: TrainState, workdir: str) -> str:
   config, attack = experiment.config, experiment.method.attack
   count = functools.partial(jax.tree.reduce, lambda total, x: total + x.size, initializer=0)
   main = count(drop_auxiliary(state.variables)["params"])
-  attacked = any(part.attacked for part in experiment.method.scheme.parts)
+  attacked = any(part.attacked for part in experiment.method.scheme.made)
   rows = [
       ["network", f"{config.model.name}, {config.data.image_size} px, {config.model.dtype}"],
       ["parameters", f"{main:,}, and {count(state.params) - main:,} of auxiliary batch norms"],
       ["scheme", f"{config.scheme}: " + " + ".join(
           f"{part.weight:g} x L({part.name}; BN {part.domain})"
-          for part in experiment.method.scheme.parts)],
-      ["attack", f"{attack.name}-{attack.num_steps}, epsilon {attack.epsilon:g}, step "
-                 f"{attack.step_size:g} (0-255), {attack.statistics} statistics"
+          for part in experiment.method.scheme.made)],
+      ["attack", f"{attack.name}-{attack.num_steps}, {attack.norm}, epsilon {attack.epsilon:g}, "
+                 f"step {attack.step_size:g} (0-255), {attack.statistics} statistics"
        if attacked else None],
       ["data", f"{config.data.name}: {len(experiment.train_source):,} train, "
                f"{len(experiment.test_source):,} test, {experiment.train_source.num_classes} "

@@ -11,8 +11,8 @@ AutoAugment and the random-resized crop of the recipe are not there yet: this tr
 
 from advprop_jax.runtime.config import default_config
 
-# Small networks learn most from weak attackers, large ones from strong ones (Section 5.4): 1 for B0
-# to B2 and 4 for B4 to B8 are the paper's. B3's 2 is this project's choice.
+# Small networks learn most from weak attackers, large ones from strong ones. 1 for B0 to B2 and 4
+# for B4 to B8 are the paper's as remembered, not checked; B3's 2 is this project's choice.
 EPSILON = {"b0": 1, "b1": 1, "b2": 1, "b3": 2, "b4": 4, "b5": 4, "b6": 4, "b7": 4, "b8": 4}
 
 

@@ -31,6 +31,8 @@ QUICKSTART = "--config=configs/quickstart.py"
     ([QUICKSTART, "--workdir=DIR", "--mode=export"], ["export", "not there yet"]),
     ([QUICKSTART, "--workdir=DIR", "--config.data.name=mnist", "--config.data.dir=DIR"],
      ["data.dir", "DIR"]),
+    ([QUICKSTART, "--workdir=DIR", "--config.data.name=folder", "--config.data.dir=DIR"],
+     ["data.dir='DIR' does not exist", "train/CLASS/"]),
     ([QUICKSTART, "--workdir=DIR", "--config.data.test_split=dev"], ["dev", "test"]),
     ([QUICKSTART, "--workdir=/dev/null/run"], ["--workdir=/dev/null/run", "can be written"]),
 ])

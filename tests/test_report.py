@@ -1,8 +1,16 @@
 """The picture shows what it says."""
 
+import functools
+
+import jax
+import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from advprop_jax import report
+from advprop_jax.data.transforms import evaluation_transform
+from advprop_jax.method.step import attack_images, to_model_units
+from tests.test_evaluate import IMAGES, distinct_variables, small_experiment
 
 
 def draw(change, epsilon):
@@ -37,3 +45,57 @@ def test_long_names_are_cut():
   line = [("a very long name of a class that does not fit", report.INK)] * 3
   pixels = np.zeros((3, 8, 8, 3))
   report.panel(pixels, pixels, 0.0, "title", report.Captions([line], [line]))
+
+
+@functools.cache
+def attacked_by_hand(domain, columns=8):
+  """Adversarial images in 0-255, labels, and {domain: predictions}, of images spread over the set.
+  """
+  experiment, variables = small_experiment(), distinct_variables()
+  model, transform = experiment.method.model, evaluation_transform(28)
+  places = np.linspace(0, IMAGES - 1, columns).astype(int)
+  records = [experiment.test_source[i] for i in places.tolist()]
+  images = to_model_units(np.stack([transform(record["image"]) for record in records]))
+  labels = np.array([record["label"] for record in records])
+  keys = jnp.stack([jax.random.fold_in(jax.random.PRNGKey(0), i) for i in places.tolist()])
+  attack = functools.partial(attack_images, model, variables, domain, experiment.eval_attack)
+  adversarial = jax.jit(attack)(images, labels, keys)
+  guesses = {name: np.argmax(jax.jit(functools.partial(model.apply, domains=(name,)))(
+      variables, adversarial), axis=-1) for name in ("clean", "adversarial")}
+  return (np.asarray(adversarial) + 1) * 127.5, labels, guesses
+
+
+@pytest.mark.parametrize(("domain", "attacked", "other", "said"), [
+    ("adversarial", "adversarial", "clean", "auxiliary"), (None, "clean", "adversarial", "main")])
+def test_the_attack_goes_through_the_batch_norms_of_the_caption(monkeypatch, domain, attacked,
+                                                                other, said):
+  """Fails where the title names other batch norms than those that were attacked.
+
+  So does it where a line below the images is what the network says through others.
+  """
+  panels, panel = [], report.panel
+
+  def keep(*arguments):
+    panels.append(arguments)
+    return panel(*arguments)
+
+  monkeypatch.setattr(report, "panel", keep)
+  experiment = small_experiment()
+  report.adversarial_picture(experiment, distinct_variables(), domain)
+  (clean, adversarial, epsilon, title, captions), = panels
+  expected, labels, guesses = attacked_by_hand(attacked)
+  assert f"through the {said} BN" in title
+  assert "PGD-3, epsilon 24 of 255, step 8" in title
+  assert epsilon == 24
+  assert np.mean(np.abs(adversarial - expected) < 0.01) > 0.99
+  assert np.mean(np.abs(adversarial - attacked_by_hand(other)[0]) < 0.01) < 0.8
+  assert np.max(np.abs(adversarial - clean)) <= 24 * (1 + 1e-5)
+
+  names = experiment.train_source.class_names
+  assert captions.clean[0] == [(names[label], report.INK) for label in labels]
+  through = {"main": guesses["clean"], "auxiliary": guesses["adversarial"]}
+  lines = [[(f"{kind}: {names[guess]}", report.RIGHT if guess == label else report.WRONG)
+            for guess, label in zip(through[kind], labels, strict=True)]
+           for kind in (("main", "auxiliary") if domain else ("main",))]
+  assert captions.adversarial == lines
+  assert np.any(through["main"] != through["auxiliary"])

@@ -164,12 +164,17 @@ def test_the_step_compiles_once(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-  """The step is named, and the checkpoint before it is whole."""
+  """The step is named, and the checkpoint before it is whole.
+
+  Fails where a state is kept before its step's loss has been looked at.
+  """
   with pytest.raises(InputError, match=r"step [2-4]: the loss is not finite"):
     train.train(make_config(optimizer__learning_rate=1e38, checkpoint__every_steps=1),
                 str(tmp_path))
   kept = final_state(tmp_path)
   assert int(kept.step) >= 1
+  for path, leaf in jax.tree_util.tree_leaves_with_path(kept):
+    assert np.all(np.isfinite(leaf)), jax.tree_util.keystr(path)
 
 
 def test_a_workdir_of_another_config(undisturbed):

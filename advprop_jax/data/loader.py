@@ -7,7 +7,7 @@ the stream, never on who reads it; so a state is a number of batches, and nothin
 
 import dataclasses
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import grain
@@ -61,8 +61,9 @@ class EvaluationBatches:
 
 
 def training_batches(source: Source, *, batch_size: int, transform: TrainingTransform, seed: int,
-                     process_index: int = 0, process_count: int = 1,
-                     num_threads: int = 1) -> TrainingBatches:
+                     process_index: int = 0, process_count: int = 1, num_threads: int = 1,
+                     more_views: Mapping[str, TrainingTransform] | None = None
+                     ) -> TrainingBatches:
   """Shuffled, augmented batches without end; every epoch has its own order.
 
   Args:
@@ -74,9 +75,12 @@ def training_batches(source: Source, *, batch_size: int, transform: TrainingTran
     process_index: which block of each global batch.
     process_count: how many blocks.
     num_threads: that read ahead; 0 reads when asked.
+    more_views: other transforms of the same images, by the name of their entry in a batch. They
+      draw after `transform`, whose result they do not change.
 
   Returns:
-    Iterator of {"image": uint8 (n, size, size, 3), "label": int32 (n,)}.
+    Iterator of {"image": uint8 (n, size, size, 3), "label": int32 (n,)}, and an entry like "image"
+    for each other view.
 
   Raises:
     InputError: batch_size is no multiple of process_count.
@@ -84,9 +88,10 @@ def training_batches(source: Source, *, batch_size: int, transform: TrainingTran
   # Seeds of their own, as Grain would derive them from the depth of the pipeline, and shuffle
   # epoch e of seed s like epoch 0 of seed s + e.
   order_seed, augment_seed = np.random.SeedSequence(seed).generate_state(2).tolist()
+  views = {"image": transform, **(more_views or {})}
   stream = (grain.MapDataset.range(len(source))
             .shuffle(seed=order_seed)
-            .random_map(_Read(source, transform), seed=augment_seed)
+            .random_map(_Read(source, views), seed=augment_seed)
             .repeat())
   blocks = _Blocks(stream, batch_size, process_index, process_count, masked=False)
   return TrainingBatches(blocks, num_threads)
@@ -115,25 +120,26 @@ def evaluation_batches(source: Source, *, batch_size: int, transform: Evaluation
     InputError: batch_size is no multiple of process_count.
   """
   records = len(source) if limit is None else min(limit, len(source))
-  stream = grain.MapDataset.range(records).map(_Read(source, transform))
+  stream = grain.MapDataset.range(records).map(_Read(source, {"image": transform}))
   blocks = _Blocks(stream, batch_size, process_index, process_count, masked=True)
   return EvaluationBatches(blocks, num_threads)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Read:
-  """Record index -> record with its image transformed; a class, as worker processes pickle it.
+  """Record index -> its label and views of its image; a class, as worker processes pickle it.
 
   The pipeline is one of indices up to here: `grain.MapDataset.source` would spend a third of the
   time for a small image on its own statistics.
   """
 
   source: Source
-  transform: TrainingTransform | EvaluationTransform
+  views: Mapping[str, TrainingTransform | EvaluationTransform]
 
   def __call__(self, index: int, *rng: np.random.Generator) -> dict[str, Any]:
     record = self.source[index]
-    return {"image": self.transform(record["image"], *rng), "label": record["label"]}
+    views = {name: transform(record["image"], *rng) for name, transform in self.views.items()}
+    return {**views, "label": record["label"]}
 
 
 class _Blocks(grain.MapDataset):
@@ -165,14 +171,14 @@ class _Blocks(grain.MapDataset):
     places = np.arange(self._block) + (step * self._batch_size + self._offset)
     mask = places < len(self._parent)
     records = [self._parent[place] for place in places[mask].tolist()]
-    # A block of padding only has to know the shape as well.
-    shape = (records[0] if records else self._parent[0])["image"].shape
-    images = np.zeros((self._block, *shape), np.uint8)
-    labels = np.zeros(self._block, np.int32)
+    # A block of padding only has to know the shapes as well.
+    example = records[0] if records else self._parent[0]
+    batch = {name: np.zeros((self._block, *value.shape), np.uint8)
+             for name, value in example.items() if name != "label"}
+    batch["label"] = np.zeros(self._block, np.int32)
     for row, record in enumerate(records):
-      images[row] = record["image"]
-      labels[row] = record["label"]
-    batch = {"image": images, "label": labels}
+      for name, value in record.items():
+        batch[name][row] = value
     return {**batch, "mask": mask, "index": places.astype(np.int32)} if self._masked else batch
 
 

@@ -1,7 +1,8 @@
 """Random-access records of images and labels, read without TensorFlow.
 
-Every data set is TFDS data prepared as array_record; the bundled one is no exception, it only lies
-in this package. A new kind of source has to give a `Source`, and the loader will take it.
+Here: TFDS data prepared as array_record; the bundled set is no exception, it only lies in this
+package. In folder.py: class folders. A new kind of source has to give a `Source`, and the loader
+will take it; `experiment.open_split` has to know its name.
 """
 
 import dataclasses
@@ -123,6 +124,8 @@ class TfdsRecords:
     except (OSError, SyntaxError, ValueError) as error:        # what Pillow raises for broken files
       raise InputError(f"record {index} of {self.origin} holds an image that does not decode "
                        f"({error}): prepare the data set again") from error
+    if record["label"] < 0:
+      raise InputError(f"record {index} of {self.origin} has no label: use another split")
     return {"image": image, "label": int(record["label"])}
 
 
@@ -153,8 +156,22 @@ class KeptRecords:
 
 
 def decode(image: bytes) -> np.ndarray:
-  """Decodes an image file of any format and colour mode to uint8 (h, w, 3), grey repeated."""
+  """Decodes an image file of any format and colour mode to uint8 (h, w, 3), grey repeated.
+
+  Of 16 bits the upper 8 are taken, and transparency is dropped.
+
+  Raises:
+    ValueError: pixels of 32 bits, whose range nobody states. Pillow raises this and much else for
+      a broken file.
+  """
   with Image.open(io.BytesIO(image)) as opened:
+    if opened.mode.startswith("I;16"):                # Pillow would clip it at 255: all white
+      grey = (np.asarray(opened) >> 8).astype(np.uint8)
+      return np.repeat(grey[..., None], 3, axis=2)
+    if opened.mode in ("I", "F"):
+      raise ValueError(f"its pixels are {'integers' if opened.mode == 'I' else 'floats'} of 32 "
+                       "bits: convert them to 8")
+    opened.info.pop("transparency", None)             # that of a palette makes Pillow warn
     return np.asarray(opened.convert("RGB"))
 
 
@@ -166,7 +183,11 @@ def _undecoded(builder: tfds.core.DatasetBuilder, split: str) -> Sequence[dict[s
 
 def _builder(name: str, directory: str | None) -> tfds.core.DatasetBuilder:
   """Finds the version folder of a data set, and reads its description."""
-  if name == "bundled" or (name in BUNDLED_NAMES and not directory):
+  if name == "bundled" and directory:
+    raise InputError(f"data.dir={str(directory)!r} is not read with data.name='bundled': set "
+                     "data.name to what lies there ('folder' for class folders, or a TFDS name), "
+                     "or leave data.dir unset")
+  if name in BUNDLED_NAMES and not directory:
     name, directory = BUNDLED_NAMES[name], BUNDLED
   if not directory:
     raise InputError(f"data.name={name!r} is not bundled, and data.dir is not set: use "
@@ -206,7 +227,7 @@ def _newest_version(name: str, root: epath.Path) -> epath.Path:
                      "a dataset_info.json, or use data.name='bundled'")
   asked = f"{name}:{version}" if version else name
   raise InputError(f"data.name={asked!r} is not in data.dir={str(root)!r}: "
-                   f"there is {_listed(present)}, and 'bundled' without a data.dir")
+                   f"there is {listed(present)}, and 'bundled' without a data.dir")
 
 
 def _check_features(name: str, info: tfds.core.DatasetInfo) -> None:
@@ -217,7 +238,7 @@ def _check_features(name: str, info: tfds.core.DatasetInfo) -> None:
     if not isinstance(features.get(feature), kind):
       raise InputError(
         f"data.name={name!r} has no feature {feature!r} of type {kind.__name__}, only "
-        f"{_listed(sorted(features))}: use a data set for image classification")
+        f"{listed(sorted(features))}: use a data set for image classification")
   if features["image"].np_dtype != np.uint8:
     raise InputError(f"data.name={name!r} has images of {np.dtype(features['image'].np_dtype)}: "
                      "use a data set of uint8 images")
@@ -228,7 +249,7 @@ def _check_split(name: str, split: str, info: tfds.core.DatasetInfo) -> None:
     empty = info.splits[split].num_examples == 0
   except (KeyError, ValueError, AssertionError):
     raise InputError(f"split={split!r} is not in data.name={name!r}: there is "
-                     f"{_listed(list(info.splits))}") from None
+                     f"{listed(list(info.splits))}") from None
   if empty:
     raise InputError(f"split={split!r} of data.name={name!r} is empty: use another split")
 
@@ -259,7 +280,7 @@ def _is_version(path: epath.Path) -> bool:
   return (path / "dataset_info.json").exists()
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
   """'a', 'b' and 'c', at most ten of them."""
   quoted = [repr(name) for name in names[:10]]
   if len(names) > 10:

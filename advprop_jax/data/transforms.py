@@ -9,6 +9,7 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image
 
+from advprop_jax.data.autoaugment import autoaugment, randaugment
 from advprop_jax.errors import InputError
 
 TrainingTransform = Callable[[np.ndarray, np.random.Generator], np.ndarray]
@@ -79,10 +80,22 @@ def _crop_flip(image: np.ndarray, rng: np.random.Generator, *, size: int,
   return random_flip(random_crop_with_padding(fit(image, size), size, padding, rng), rng)
 
 
+def _autoaugment(image: np.ndarray, rng: np.random.Generator, *, size: int,
+                 padding: int) -> np.ndarray:
+  return autoaugment(_crop_flip(image, rng, size=size, padding=padding), rng)
+
+
+def _randaugment(image: np.ndarray, rng: np.random.Generator, *, size: int,
+                 padding: int) -> np.ndarray:
+  return randaugment(_crop_flip(image, rng, size=size, padding=padding), rng)
+
+
 # What `data.augment` names: (image, rng, *, size, padding) -> image (size, size, 3).
 AUGMENTATIONS: dict[str, Callable[..., np.ndarray]] = {
   "none": _none,
   "crop_flip": _crop_flip,
+  "autoaugment": _autoaugment,
+  "randaugment": _randaugment,
 }
 
 
@@ -92,8 +105,9 @@ def training_transform(image_size: int, augment: str = "crop_flip",
 
   Args:
     image_size: of the result, in pixels.
-    augment: a name in AUGMENTATIONS: "crop_flip" for small images, "none" only fits the size.
-    padding: of "crop_flip", in pixels.
+    augment: a name in AUGMENTATIONS: "crop_flip" for small images, "none" only fits the size;
+      "autoaugment" and "randaugment" follow crop and flip.
+    padding: of all but "none", in pixels.
 
   Returns:
     (uint8 (h, w, 3), generator) -> uint8 (image_size, image_size, 3). It can be pickled.

@@ -1,8 +1,11 @@
-"""Cross entropy with label smoothing, and which parameters weight decay leaves alone."""
+"""Cross entropy, and what depends on whose a parameter is: weight decay, means over images."""
 
 import jax
 import jax.numpy as jnp
 from flax import traverse_util
+
+from advprop_jax.method.schemes import Scheme
+from advprop_jax.models.batch_norm import domains_of_params
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array, label_smoothing: float = 0.0) -> jax.Array:
@@ -39,3 +42,24 @@ def decayed(params: dict, decay_batch_norm: bool = False) -> dict:
   batch_norms = {path[:-1] for path in flat if path[-1].startswith("scale")}
   return traverse_util.unflatten_dict(
       {path: decay_batch_norm or path[:-1] not in batch_norms for path in flat})
+
+
+def mean_over_images(gradient: dict, scheme: Scheme) -> dict:
+  """Each parameter's gradient as a weighted mean over the images that reach it.
+
+  A batch norm's scale and bias are reached by the parts of their domain, all else by all parts. So
+  what few images reach moves as fast as what many do.
+
+  Args:
+    gradient: of the sum of weight * share of the mini-batch * mean loss, over parts and starts.
+    scheme: whose parts they are.
+
+  *Source:* Mei et al., "Fast AdvProp", ICLR 2022, section 3.2, "Synchronizing parameter updating
+  speed"; meijieru/fast_advprop, imagenet.py, where each parameter counts its images.
+  """
+  def images(domain):
+    return sum(scheme.coefficient(part, part.weight + part.start_weight)
+               for part in scheme.made if domain in (None, part.domain))
+
+  return jax.tree.map(lambda leaf, domain: leaf / images(domain or None), gradient,
+                      domains_of_params(gradient, scheme.domains))

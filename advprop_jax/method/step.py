@@ -7,14 +7,17 @@
 """
 
 import dataclasses
+import functools
+from collections.abc import Collection
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
-from advprop_jax.method.attack import ATTACKS, PIXEL, Attack, random_targets
-from advprop_jax.method.loss import cross_entropy
+from advprop_jax.method import attack as attacks
+from advprop_jax.method.attack import PIXEL, Attack
+from advprop_jax.method.loss import cross_entropy, mean_over_images
 from advprop_jax.method.schemes import Part, Scheme
 from advprop_jax.method.state import TrainState, update_ema
 from advprop_jax.models.batch_norm import statistics_collection
@@ -55,53 +58,79 @@ def train_step(method: Method, state: TrainState, batch: dict) -> tuple[TrainSta
   Args:
     method: how.
     state: the same on all devices.
-    batch: this device's part, {"image": (n, h, w, 3) uint8, "label": (n,) integers}.
+    batch: this device's part, {"label": (n,) integers, and for each source of the scheme's parts
+      (n, h, w, 3) uint8, "image" the first of them}.
 
   Returns:
     The new state, and metrics {"loss", "loss/<part>", "accuracy/<part>"}, means over all images of
     all devices, and "gradient_norm", the gradient's L2 norm; both the same on all devices.
   """
   attack_key, dropout_key = jax.random.split(jax.random.fold_in(state.key, state.step))
+  attack = attacks.ramped(method.attack, state.step)
   batch = {"label": batch["label"],
            "key": image_keys(attack_key, len(batch["label"]), method.axis_name),
-           **{part.source: to_model_units(batch[part.source]) for part in method.scheme.parts}}
+           **{part.source: to_model_units(batch[part.source]) for part in method.scheme.made}}
 
   def micro_step(batch_stats, micro_batch):
     batch, dropout_key = micro_batch
-    images = make_parts(method, {"params": state.params, **batch_stats}, batch, dropout_key)
+    parts, batch_stats, gradients = make_parts(
+        method, attack, state.params, batch_stats, batch, dropout_key)
 
     def loss_fn(params):
-      logits, new_stats = forward(method, params, batch_stats, images, dropout_key)
-      losses = {name: jnp.mean(cross_entropy(logits[name], batch["label"], method.label_smoothing))
-                for name in logits}
-      loss = sum(part.weight * losses[part.name] for part in method.scheme.parts)
-      return loss, (new_stats, step_metrics(loss, losses, logits, batch["label"]))
+      logits, new_stats = forward(method, params, batch_stats, parts, dropout_key)
+      losses = {name: jnp.mean(cross_entropy(logits[name], parts[name]["label"],
+                                             method.label_smoothing)) for name in parts}
+      loss = sum(method.scheme.coefficient(part, part.weight) * losses[part.name]
+                 for part in method.scheme.made)
+      return loss, (new_stats, step_metrics(loss, losses, logits, parts))
 
-    gradients, (new_stats, metrics) = jax.grad(loss_fn, has_aux=True)(state.params)
-    return new_stats, (gradients, metrics)
+    gradient, (new_stats, metrics) = jax.grad(loss_fn, has_aux=True)(state.params)
+    return new_stats, (functools.reduce(optax.tree.add, gradients, gradient), metrics)
 
   batch_stats, averages = accumulate(
       micro_step, state.batch_stats, batch, dropout_key, method.accumulation)
-  batch_stats, (gradients, metrics) = mean_over_devices((batch_stats, averages), method.axis_name)
-  metrics["gradient_norm"] = optax.tree.norm(gradients)
-  return update(method, state, gradients, batch_stats), metrics
+  batch_stats, (gradient, metrics) = mean_over_devices((batch_stats, averages), method.axis_name)
+  if method.scheme.per_image:
+    gradient = mean_over_images(gradient, method.scheme)
+  metrics["gradient_norm"] = optax.tree.norm(gradient)
+  return update(method, state, gradient, batch_stats), metrics
 
 
-def make_parts(method: Method, variables: dict, batch: dict, dropout_key: jax.Array) -> dict:
-  """The images of every part, {name: (n, h, w, 3) in [-1, 1]}; the attack leaves no other trace."""
-  images = {}
-  for part in method.scheme.parts:
-    images[part.name] = batch[part.source]
-    if part.attacked:
-      images[part.name] = attack_images(
-          method.model, variables, part.domain, method.attack, images[part.name], batch["label"],
-          batch["key"], method.label_smoothing, dropout_key)
-  return images
+def make_parts(method: Method, attack: Attack, params: dict, batch_stats: dict, batch: dict,
+               dropout_key: jax.Array) -> tuple[dict, dict, list]:
+  """The parts of a mini-batch, attacked where the scheme says so.
+
+  Args:
+    method: model and scheme.
+    attack: as it is at this step.
+    params: of the model.
+    batch_stats: every domain's collection.
+    batch: {source: (n, h, w, 3) in [-1, 1], "label": (n,), "key": (n, ...)}.
+    dropout_key: the same for all parts.
+
+  Returns:
+    {part: {"image", "label", "key"}} for each part with a weight; batch_stats, and the gradients
+    of attacks that train. An attack that does not train leaves no trace: batch_stats are those
+    given, and there is no gradient.
+  """
+  parts, gradients = {}, []
+  for part in method.scheme.made:
+    own = {"image": batch[part.source], "label": batch["label"], "key": batch["key"]}
+    own = {name: _deal(value, method.scheme.pieces, part.slots) for name, value in own.items()}
+    if part.attacked and part.start_weight:
+      own["image"], batch_stats, gradient = attack_and_train(
+          method, attack, params, batch_stats, part, own, dropout_key)
+      gradients.append(gradient)
+    elif part.attacked:
+      own["image"] = attack_images(method.model, {"params": params, **batch_stats}, part.domain,
+                                   attack, own["image"], own["label"], own["key"], dropout_key)
+    parts[part.name] = own
+  return parts, batch_stats, gradients
 
 
 def attack_images(model: nn.Module, variables: dict, domain: str, attack: Attack,
                   images: jax.Array, labels: jax.Array, keys: jax.Array,
-                  label_smoothing: float = 0.0, dropout_key: jax.Array | None = None) -> jax.Array:
+                  dropout_key: jax.Array | None = None) -> jax.Array:
   """Adversarial images against the network with the batch norms of `domain`.
 
   Args:
@@ -112,63 +141,102 @@ def attack_images(model: nn.Module, variables: dict, domain: str, attack: Attack
     images: (n, h, w, 3), in [-1, 1].
     labels: (n,), the true ones.
     keys: (n, ...), a random key for each image.
-    label_smoothing: of the attacked loss.
     dropout_key: used only where attack.dropout is set.
 
   Returns:
     (n, h, w, 3), in [-1, 1].
   """
-  rngs = {"dropout": dropout_key} if attack.dropout else {}
+  def logits_of(images):
+    return model.apply(variables, images, domains=(domain,), train=attack.statistics == "batch",
+                       rngs={"dropout": dropout_key} if attack.dropout else {})
+
   targets, sign = labels, 1
   if attack.target == "random":
     target_keys = jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys)
-    targets, sign = random_targets(labels, target_keys, model.num_classes), -1
+    targets, sign = attacks.random_targets(labels, target_keys, model.num_classes), -1
+  elif attack.target == "least_likely":
+    targets, sign = attacks.least_likely_targets(logits_of(images), labels), -1
 
   def loss(images):
-    logits = model.apply(variables, images, domains=(domain,),
-                         train=attack.statistics == "batch", rngs=rngs)
-    return sign * jnp.sum(cross_entropy(logits, targets, label_smoothing))
+    return sign * jnp.sum(cross_entropy(logits_of(images), targets, attack.label_smoothing))
 
-  return ATTACKS[attack.name](loss, images, keys, attack)
+  return attacks.generate(loss, images, keys, attack)
 
 
-def forward(method: Method, params: dict, batch_stats: dict, images: dict,
+def attack_and_train(method: Method, attack: Attack, params: dict, batch_stats: dict, part: Part,
+                     batch: dict, dropout_key: jax.Array) -> tuple[jax.Array, dict, dict]:
+  """One attack step whose pass trains too: one gradient, of the images and of the parameters.
+
+  Args:
+    method: model, scheme, label smoothing.
+    attack: for start, size of the step and ball; the pass itself is one of training.
+    params: of the model.
+    batch_stats: every domain's collection.
+    part: which one; its start_weight is the weight of this loss.
+    batch: {"image": (n, h, w, 3) in [-1, 1], "label": (n,), "key": (n, ...)}.
+    dropout_key: for dropout and stochastic depth.
+
+  Returns:
+    Adversarial images, the collections with those of the part's domain moved, and the gradient.
+
+  *Source:* Mei et al., "Fast AdvProp", ICLR 2022; meijieru/fast_advprop, imagenet.py, train.
+  """
+  def loss_fn(params, images):
+    parts = {part.name: {**batch, "image": images}}
+    logits, moved = forward(method, params, batch_stats, parts, dropout_key)
+    losses = cross_entropy(logits[part.name], batch["label"], method.label_smoothing)
+    return method.scheme.coefficient(part, part.start_weight) * jnp.mean(losses), moved
+
+  start = attacks.start(batch["image"], batch["key"], attack)
+  (gradient, ascent), moved = jax.grad(loss_fn, (0, 1), has_aux=True)(params, start)
+  return attacks.ascend(start, ascent, batch["image"], attack), moved, gradient
+
+
+def forward(method: Method, params: dict, batch_stats: dict, parts: dict,
             dropout_key: jax.Array) -> tuple[dict, dict]:
-  """Logits of every part and the new running statistics of every domain.
+  """Logits of some parts and the new running statistics.
 
   Args:
     method: model and scheme.
     params: of the model.
     batch_stats: every domain's collection.
-    images: {part: (n, h, w, 3) in [-1, 1]}.
+    parts: {name: {"image": (n, h, w, 3) in [-1, 1], ...}}.
     dropout_key: the same for all parts.
 
   Returns:
-    {part: (n, classes)} and the collections, those of the scheme's domains moved.
+    {part: (n, classes)} and the collections, those of the parts' domains moved.
   """
   logits = {}
-  for collection, parts in passes(method.scheme, method.model).items():
+  for collection, together in passes(method.scheme, method.model, parts).items():
+    domains = tuple(dict.fromkeys(part.domain for part in together))
+    # Parts of one domain alternate, so that an image's place does not depend on the devices.
+    images = jnp.concatenate([
+        jnp.stack([parts[part.name]["image"] for part in together if part.domain == domain], 1)
+        for domain in domains])
     outputs, moved = method.model.apply(
-        {"params": params, **batch_stats}, jnp.concatenate([images[part.name] for part in parts]),
-        domains=tuple(dict.fromkeys(part.domain for part in parts)), train=True,
-        mutable=[collection], rngs={"dropout": dropout_key})
+        {"params": params, **batch_stats}, images.reshape(-1, *images.shape[2:]), domains=domains,
+        train=True, mutable=[collection], rngs={"dropout": dropout_key})
     batch_stats = {**batch_stats, **moved}
-    logits |= zip((part.name for part in parts), jnp.split(outputs, len(parts)), strict=True)
+    outputs = outputs.reshape(len(domains), -1, images.shape[1], outputs.shape[-1])
+    of_domain = [outputs[d, :, k] for d in range(len(domains)) for k in range(images.shape[1])]
+    logits |= zip((part.name for part in together), of_domain, strict=True)
   return logits, batch_stats
 
 
-def passes(scheme: Scheme, model: nn.Module) -> dict[str, list[Part]]:
+def passes(scheme: Scheme, model: nn.Module, parts: Collection[str]) -> dict[str, list[Part]]:
   """Which parts go through the network together: those that are normalised as one batch.
 
   Returns:
-    {collection of running statistics: the parts that it is moved by}. With a batch norm for each
-    domain, that is one pass for each domain: as fast as one of all (measured:
+    {collection of running statistics: the parts that move it, those of a domain in a row}. With a
+    batch norm for each domain, that is one pass for each domain: as fast as one of all (measured:
     tests/benchmarks/step.py), and in less memory.
   """
   together = {}
-  for part in scheme.parts:
-    collection = statistics_collection(part.domain, model.domains, model.share_statistics)
-    together.setdefault(collection, []).append(part)
+  for domain in scheme.domains:
+    collection = statistics_collection(domain, model.domains, model.share_statistics)
+    of_domain = [part for part in scheme.made if part.domain == domain and part.name in parts]
+    if of_domain:
+      together.setdefault(collection, []).extend(of_domain)
   return together
 
 
@@ -221,10 +289,11 @@ def eval_step(method: Method, variables: dict, batch: dict, *, domain: str,
   return sums if method.axis_name is None else jax.lax.psum(sums, method.axis_name)
 
 
-def step_metrics(loss: jax.Array, losses: dict, logits: dict, labels: jax.Array) -> dict:
+def step_metrics(loss: jax.Array, losses: dict, logits: dict, parts: dict) -> dict:
   """Scalars of one step, in the training's own terms."""
-  accuracy = {f"accuracy/{name}": jnp.mean(jnp.argmax(logits[name], axis=-1) == labels)
-              for name in logits}
+  accuracy = {
+      f"accuracy/{name}": jnp.mean(jnp.argmax(logits[name], axis=-1) == parts[name]["label"])
+      for name in parts}
   return {"loss": loss, **{f"loss/{name}": losses[name] for name in losses}, **accuracy}
 
 
@@ -236,3 +305,9 @@ def mean_over_devices(tree, axis_name: str | None):
 def to_model_units(images: jax.Array) -> jax.Array:
   """uint8 images, 0-255, as float32 in [-1, 1]."""
   return images.astype(jnp.float32) * PIXEL - 1
+
+
+def _deal(x, pieces, slots):
+  """The slots of every `pieces` rows of x."""
+  dealt = x.reshape(-1, pieces, *x.shape[1:])[:, slice(*slots)]
+  return dealt.reshape(-1, *x.shape[1:])

@@ -6,12 +6,13 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from advprop_jax.errors import InputError
-from advprop_jax.models import efficientnet
+from advprop_jax.models import efficientnet, resnet
 
 # name -> (network, its architecture, whose image_size and total_stride are public). A new family
 # of networks is one more line.
 _NETWORKS = {
     **{name: (efficientnet.EfficientNet, net) for name, net in efficientnet.ARCHITECTURES.items()},
+    **{name: (resnet.ResNet, net) for name, net in resnet.ARCHITECTURES.items()},
 }
 
 NAMES: tuple[str, ...] = tuple(_NETWORKS)

@@ -38,6 +38,7 @@ class BatchNorm(nn.Module):
     share_affine: one scale and bias for all domains (an ablation).
     axis_name: the pmapped axis, needed where group_size is not 1.
     group_size: neighbouring replicas whose batches are normalised as one. 1: each by itself.
+    scale_init: initialises the scale of every domain; the bias starts at 0.
 
   The variance is the biased one, in the normalisation and in the running statistics, as in
   TensorFlow and flax (PyTorch stores the unbiased one).
@@ -51,6 +52,7 @@ class BatchNorm(nn.Module):
   share_affine: bool = False
   axis_name: str | None = None
   group_size: int = 1
+  scale_init: nn.initializers.Initializer = nn.initializers.ones
 
   @nn.compact
   def __call__(self, x: jax.Array, domains: Sequence[str], train: bool) -> jax.Array:
@@ -87,7 +89,7 @@ class BatchNorm(nn.Module):
 
     def affine(domain):
       suffix = _suffix(domain, self.domains)
-      return (self.param("scale" + suffix, nn.initializers.ones, (channels,), jnp.float32),
+      return (self.param("scale" + suffix, self.scale_init, (channels,), jnp.float32),
               self.param("bias" + suffix, nn.initializers.zeros, (channels,), jnp.float32))
 
     statistics = each_domain(running, self.share_statistics)
@@ -149,6 +151,25 @@ def drop_auxiliary(variables: dict) -> dict:
   main = {path: leaf for path, leaf in params.items()
           if not path[-1].startswith(("scale_", "bias_"))}
   return {"params": traverse_util.unflatten_dict(main), "batch_stats": variables["batch_stats"]}
+
+
+def domains_of_params(params: dict, domains: Sequence[str]) -> dict:
+  """A tree of names: the one domain that a parameter belongs to, "" where domains share it.
+
+  Args:
+    params: of a model.
+    domains: all domains of the model; the first is the main one.
+  """
+  flat = traverse_util.flatten_dict(params)
+
+  def owner(path):
+    for domain in domains[1:]:
+      if path[-1] in ("scale_" + domain, "bias_" + domain):
+        return domain
+    has_bank = any((*path[:-1], "scale_" + domain) in flat for domain in domains[1:])
+    return domains[0] if has_bank else ""
+
+  return traverse_util.unflatten_dict({path: owner(path) for path in flat})
 
 
 def check_domains(domains: Sequence[str], known: Sequence[str], images: int) -> None:

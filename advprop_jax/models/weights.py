@@ -7,6 +7,8 @@ below; both directions read them.
 
 timm's running variance of a network that PyTorch trained is the unbiased one, this project's the
 biased one; the published weights come from TensorFlow and are biased. Numbers are not changed here.
+Nor are images: ResNets from elsewhere mostly want them normalised by ImageNet's mean and deviation,
+not in [-1, 1].
 """
 
 import dataclasses
@@ -19,7 +21,7 @@ import numpy as np
 from flax import traverse_util
 
 from advprop_jax.errors import InputError
-from advprop_jax.models import canonical_name, create_model, efficientnet
+from advprop_jax.models import canonical_name, create_model, efficientnet, resnet
 from advprop_jax.models.batch_norm import drop_auxiliary
 
 _SHOWN = 10  # differences that an error message lists
@@ -52,6 +54,21 @@ _BLOCK_WITHOUT_EXPANSION = {
     "project_norm": "bn2",
     **_SQUEEZE_EXCITE,
 }
+_RESNET = {
+    "stem": "conv1",
+    "stem_norm": "bn1",
+    "classifier": "fc",
+}
+_RESNET_BLOCK = {
+    "conv_1": "conv1",
+    "norm_1": "bn1",
+    "conv_2": "conv2",
+    "norm_2": "bn2",
+    "conv_3": "conv3",
+    "norm_3": "bn3",
+    "shortcut": "downsample.0",
+    "shortcut_norm": "downsample.1",
+}
 
 # Our leaf -> timm's leaf.
 _LEAVES = {
@@ -83,8 +100,8 @@ def from_timm(name: str, state_dict: Mapping[str, np.ndarray]) -> dict:
   """
   tensors = {key: np.asarray(value, np.float32) for key, value in state_dict.items()
              if not key.endswith("num_batches_tracked")}
-  classifier = tensors.get("classifier.bias")
-  pairs = _pairs(canonical_name(name), 1000 if classifier is None else len(classifier))
+  classifier = _modules(name)["classifier"]
+  pairs = _pairs(canonical_name(name), _num_classes(tensors, f"{classifier}.bias"))
   _check(name, {pair.theirs: pair.their_shape for pair in pairs}, tensors)
   ours = {pair.ours: tensors[pair.theirs].transpose(pair.inverse) for pair in pairs}
   return traverse_util.unflatten_dict(ours)
@@ -105,8 +122,7 @@ def to_timm(name: str, variables: Mapping) -> dict[str, np.ndarray]:
   """
   arrays = {path: np.asarray(leaf, np.float32) for path, leaf
             in traverse_util.flatten_dict(drop_auxiliary(variables)).items()}
-  classifier = arrays.get(("params", "classifier", "bias"))
-  pairs = _pairs(canonical_name(name), 1000 if classifier is None else len(classifier))
+  pairs = _pairs(canonical_name(name), _num_classes(arrays, ("params", "classifier", "bias")))
   _check(name, {"/".join(pair.ours): pair.our_shape for pair in pairs},
          {"/".join(path): array for path, array in arrays.items()})
   return {pair.theirs: arrays[pair.ours].transpose(pair.axes) for pair in pairs}
@@ -137,15 +153,25 @@ class _Pair:
 def _pairs(name: str, num_classes: int) -> tuple[_Pair, ...]:
   """All tensors of a network with one domain."""
   model = create_model(name, num_classes=num_classes)
-  modules = dict(_MODULES[type(model.architecture)](model.architecture))
+  modules = _modules(name)
   shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
   return tuple(_Pair(path, leaf.shape, f"{modules['/'.join(path[1:-1])]}.{_LEAVES[path[-1]]}")
                for path, leaf in traverse_util.flatten_dict(shapes).items())
 
 
+def _num_classes(arrays: Mapping, bias: str | tuple[str, ...]) -> int:
+  """The length of the classifier's bias; without one, which `_check` then says, a usual number."""
+  return len(arrays[bias]) if bias in arrays else 1000
+
+
+def _modules(name: str) -> dict[str, str]:
+  """{our module: timm's module}, of every module that the network may have."""
+  architecture = create_model(name).architecture
+  return dict(_MODULES[type(architecture)](architecture))
+
+
 def _efficientnet_modules(
     architecture: efficientnet.Architecture) -> Iterator[tuple[str, str]]:
-  """(our module, timm's module), for every module that the network may have."""
   yield from _EFFICIENTNET.items()
   for block, stage_index, block_index, stage in efficientnet.block_names(architecture):
     table = _BLOCK_WITHOUT_EXPANSION if stage.expansion == 1 else _BLOCK
@@ -153,8 +179,18 @@ def _efficientnet_modules(
       yield f"{block}/{ours}", f"blocks.{stage_index}.{block_index}.{theirs}"
 
 
+def _resnet_modules(architecture: resnet.Architecture) -> Iterator[tuple[str, str]]:
+  yield from _RESNET.items()
+  for block, stage_index, block_index in resnet.block_names(architecture):
+    for ours, theirs in _RESNET_BLOCK.items():
+      yield f"{block}/{ours}", f"layer{stage_index + 1}.{block_index}.{theirs}"
+
+
 # A new family of networks is one more line.
-_MODULES = {efficientnet.Architecture: _efficientnet_modules}
+_MODULES = {
+    efficientnet.Architecture: _efficientnet_modules,
+    resnet.Architecture: _resnet_modules,
+}
 
 
 def _check(name: str, expected: Mapping[str, tuple[int, ...]],

@@ -14,6 +14,7 @@ A config file starts from `default_config()` and sets what its experiment needs:
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -23,7 +24,7 @@ from advprop_jax import models
 from advprop_jax.data.transforms import AUGMENTATIONS
 from advprop_jax.errors import InputError
 from advprop_jax.method import attack, optimizer
-from advprop_jax.method.schemes import SCHEMES
+from advprop_jax.method.schemes import SCHEMES, SECOND_VIEW, Scheme
 
 Check = Callable[[Any], str | None]  # a value -> what would do, or None where it will do
 
@@ -85,30 +86,45 @@ FIELDS = {
     "model.bn_group_size": Field(1, int, "replicas whose batches are normalised as one", POSITIVE),
 
     "attack.name": Field("pgd", str, "attacker", one_of(attack.ATTACKS)),
+    "attack.norm": Field("linf", str, "of ball and step", one_of(attack.NORMS)),
     "attack.epsilon": Field(4.0, float, "radius of the ball, 0-255 units", NOT_NEGATIVE),
     "attack.step_size": Field(1.0, float, "of one step, 0-255 units", NOT_NEGATIVE),
     "attack.num_steps": Field(5, int, "steps", NOT_NEGATIVE),
     "attack.clean_start": Field(0.0, float, "probability of a start without noise", SHARE),
     "attack.statistics": Field("running", str, "batch norm of the attacked network",
                                one_of(attack.STATISTICS)),
-    "attack.target": Field("none", str, "away from the label, or towards a random other",
+    "attack.target": Field("none", str, "away from the label, or towards another",
                            one_of(attack.TARGETS)),
     "attack.dropout": Field(False, bool, "dropout in the attacked network"),
+    "attack.label_smoothing": Field(None, float, "of the attacked loss; not set: the same",
+                                    SHARE),
+    "attack.ramp_epochs": Field(0.0, float, "over which epsilon grows from 0", NOT_NEGATIVE),
+    "attack.ramp_steps": Field(None, int, "in place of ramp_epochs", NOT_NEGATIVE),
+    "attack.one_in": Field(None, int, "of fast_advprop: attacks one image in so many; not set: 5",
+                           between(2)),
 
-    "data.name": Field("bundled", str, "'bundled', or a TFDS data set prepared as array_record"),
-    "data.dir": Field(None, str, "folder of TFDS data sets, local or gs://"),
+    "data.name": Field("bundled", str, "'bundled', 'folder' (of class folders), or a TFDS data set "
+                       "prepared as array_record"),
+    "data.dir": Field(None, str, "folder of TFDS data sets, local or gs://, or that holds "
+                      "train/CLASS/ and test/CLASS/"),
+    "data.broken": Field("fatal", str, "files of class folders that do not decode: an error, or "
+                         "left out", one_of(("fatal", "skip"))),
     "data.train_split": Field("train", str, "split to train on"),
     "data.test_split": Field("test", str, "split to evaluate on"),
     "data.image_size": Field(None, int, "height and width, pixels; not set: the network's own",
                              POSITIVE),
     "data.batch_size": Field(128, int, "images per update, over all devices", POSITIVE),
     "data.augment": Field("crop_flip", str, "of training images", one_of(AUGMENTATIONS)),
-    "data.padding": Field(4, int, "of crop_flip, pixels on each side", NOT_NEGATIVE),
+    "data.second_augment": Field(None, str, "of the second view, for fine_grained",
+                                 one_of(AUGMENTATIONS)),
+    "data.padding": Field(4, int, "of a random crop, pixels on each side", NOT_NEGATIVE),
     "data.num_threads": Field(2, int, "that read and decode; 0: in the main one", NOT_NEGATIVE),
 
     "loss.label_smoothing": Field(0.1, float, "of the loss, also of the attacked one", SHARE),
-    "loss.weights.clean": Field(1.0, float, "of the clean images' loss", NOT_NEGATIVE),
-    "loss.weights.adversarial": Field(1.0, float, "of the adversarial images' loss", NOT_NEGATIVE),
+    **{f"loss.weights.{name}": Field(None, float, "of these images' loss; not set: the scheme's",
+                                     NOT_NEGATIVE)
+       for name in dict.fromkeys(part.name for scheme in SCHEMES.values()
+                                 for part in scheme.parts)},
 
     "optimizer.name": Field("rmsprop", str, "optimizer", one_of(optimizer.OPTIMIZERS)),
     "optimizer.learning_rate": Field(0.016, float, "highest one", NOT_NEGATIVE),
@@ -142,6 +158,8 @@ FIELDS = {
                                "end alone", NOT_NEGATIVE),
     "eval.every_steps": Field(None, int, "in place of every_epochs", NOT_NEGATIVE),
     "eval.checkpoint": Field("newest", str, "of --mode=evaluate", one_of(("newest", "best"))),
+    "eval.attack": Field(None, str, "name of the final attack; not set: the training's",
+                         one_of(attack.ATTACKS)),
     "eval.epsilon": Field(None, float, "of the final attack; not set: the training's",
                           NOT_NEGATIVE),
     "eval.step_size": Field(None, float, "of the final attack; not set: the training's",
@@ -198,7 +216,9 @@ def validate(config: ml_collections.ConfigDict, devices: int = 1) -> None:
       raise InputError(f"config.{path}: missing; start the config from default_config(), which "
                        "has every field")
     _check_field(path, field, values[path])
-  _check_together(values, devices)
+  scheme = create_scheme(config)
+  _check_scheme(values, scheme)
+  _check_together(values, devices, scheme)
 
 
 def require_known(path: str) -> None:
@@ -218,19 +238,67 @@ def _check_field(path: str, field: Field, value: Any) -> None:
   if not right or (isinstance(value, bool) and field.type is not bool):
     raise InputError(f"config.{path}={value!r}: is a {type(value).__name__}; "
                      f"give a {field.type.__name__}")
+  if isinstance(value, float) and not math.isfinite(value):
+    raise InputError(f"config.{path}={value!r}: give a finite number")
   would_do = field.check(value)
   if would_do:
     raise InputError(f"config.{path}={value!r}: give {would_do}")
 
 
-def _check_together(values: dict[str, Any], devices: int) -> None:
+def create_scheme(config: ml_collections.ConfigDict) -> Scheme:
+  """The scheme of a config, with its weights and its pieces."""
+  return SCHEMES[config["scheme"]].adjusted(config["loss"]["weights"], config["attack"]["one_in"])
+
+
+def _check_scheme(values: dict[str, Any], scheme: Scheme) -> None:
+  """Raises an InputError where the scheme and its settings do not fit each other."""
+  name, prefix = values["scheme"], "loss.weights."
+  names = [part.name for part in scheme.parts]
+  for path, weight in values.items():
+    if path.startswith(prefix) and weight is not None and path.removeprefix(prefix) not in names:
+      raise InputError(f"config.{path}={weight:g}: scheme {name!r} has no such images; it has "
+                       f"{', '.join(names)}")
+  if not scheme.made or not any(part.domain == scheme.domains[0] for part in scheme.made):
+    raise InputError(f"config.loss.weights: scheme {name!r} would train nothing through the main "
+                     f"batch norms; give {names[0]} a weight above 0")
+  if values["attack.one_in"] is not None and scheme.pieces == 1:
+    raise InputError(f"config.attack.one_in={values['attack.one_in']}: scheme {name!r} attacks all "
+                     "images; leave it unset, or give 'fast_advprop' as config.scheme")
+  views, second = {part.source for part in scheme.made}, values["data.second_augment"]
+  if (SECOND_VIEW in views) != (second is not None):
+    would_do = ("'autoaugment' or 'randaugment'" if SECOND_VIEW in views
+                else "None, or 'fine_grained' as config.scheme")
+    raise InputError(f"config.data.second_augment={second!r}: scheme {name!r} has "
+                     f"{'a' if SECOND_VIEW in views else 'no'} second view of its images; "
+                     f"give {would_do}")
+  images = {domain: sum(scheme.share(part) for part in scheme.made if part.domain == domain)
+            for domain in scheme.domains}
+  if values["model.share_statistics"] and len(set(images.values())) > 1:
+    raise InputError(f"config.model.share_statistics=True: the domains of scheme {name!r} have "
+                     "unequal numbers of images; give False")
+  if any(part.start_weight for part in scheme.made):
+    for path, needed in {"attack.num_steps": 1, "attack.statistics": "batch",
+                         "attack.target": "none"}.items():
+      if values[path] != needed:
+        raise InputError(f"config.{path}={values[path]!r}: the one attack step of scheme {name!r} "
+                         f"is a pass of training too; give {needed!r}")
+
+
+def _check_together(values: dict[str, Any], devices: int, scheme: Scheme) -> None:
   """Raises an InputError where fields do not fit each other or the devices."""
-  for path, pieces in {"data.batch_size": devices * values["train.accumulation"],
-                       "eval.batch_size": devices}.items():
+  if values["attack.name"] == "gd" and values["attack.norm"] != "linf":
+    raise InputError(f"config.attack.norm={values['attack.norm']!r}: attacker 'gd' has no ball "
+                     "and steps along the gradient's sign; give 'linf', or another attack.name")
+  for path, pieces in {
+      "data.batch_size": devices * values["train.accumulation"] * scheme.pieces,
+      "eval.batch_size": devices}.items():
     size = values[path]
     if size % pieces:
-      of = f"{devices} devices" + (f" x train.accumulation={pieces // devices}"
-                                   if pieces > devices else "")
+      of = f"{devices} devices"
+      if path == "data.batch_size":
+        of += "".join(f" x {name}={factor}" for name, factor in {
+            "train.accumulation": values["train.accumulation"],
+            "pieces of the scheme": scheme.pieces}.items() if factor > 1)
       below, above = size // pieces * pieces, (size // pieces + 1) * pieces
       raise InputError(f"config.{path}={size}: {of} do not divide it; "
                        f"{f'{below} or {above}' if below else above} would do")

@@ -39,8 +39,9 @@ class MetricsWriter:
     Args:
       workdir: made if it is not there.
       start_step: the step that the run resumes from, 0 for none. Of an earlier run the lines of
-        steps > start_step are dropped (from 0: all lines), and a line that was half-written when
-        the process was killed; TensorBoard is told to forget the same steps.
+        steps > start_step are dropped, and a line that was half-written when the process was
+        killed; TensorBoard is told to forget the same steps. From 0 all lines are put aside, in
+        metrics.before.jsonl.
 
     Raises:
       InputError: the folder cannot be written.
@@ -49,7 +50,10 @@ class MetricsWriter:
     first_step = start_step + 1 if start_step else 0   # from 0, step 0 is done again as well
     try:
       (workdir / "tensorboard").mkdir(parents=True, exist_ok=True)
-      _drop_from(workdir / "metrics.jsonl", first_step)
+      if start_step:
+        _drop_from(workdir / "metrics.jsonl", first_step)
+      elif (workdir / "metrics.jsonl").exists():
+        (workdir / "metrics.jsonl").replace(workdir / "metrics.before.jsonl")
       self._lines = (workdir / "metrics.jsonl").open("a", encoding="utf-8")
       # Not SummaryWriter: its thread still holds events when its flush returns, and they are lost
       # if the process is killed. The time keeps a quick restart from writing over its last file.
@@ -266,6 +270,15 @@ def write_json(path: str | os.PathLike, data: Any) -> None:
     _replace(path, text)
   except OSError as error:
     raise _not_written(path, error) from error
+
+
+def read_json(path: str | os.PathLike) -> dict:
+  """The object that a JSON file holds; an empty one where there is no file, or no whole object."""
+  try:
+    data = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+  except (OSError, ValueError):
+    return {}
+  return data if isinstance(data, dict) else {}
 
 
 def _replace(path: pathlib.Path, text: str) -> None:

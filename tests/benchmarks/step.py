@@ -38,13 +38,14 @@ _CASES = flags.DEFINE_list("cases", ["vanilla", "pgd1", "pgd1-one", "pgd5"],
 _MALLOC = flags.DEFINE_bool("malloc", False, "leave malloc as it is")
 
 
-def forward_in_one_pass(method, params, batch_stats, images, dropout_key):
+def forward_in_one_pass(method, params, batch_stats, parts, dropout_key):
   """`step.forward` as it might be: all domains in one pass of the network."""
+  images = jnp.concatenate([part["image"] for part in parts.values()])
   logits, moved = method.model.apply(
-      {"params": params, **batch_stats}, jnp.concatenate(list(images.values())),
+      {"params": params, **batch_stats}, images,
       domains=method.scheme.domains, train=True, mutable=list(batch_stats),
       rngs={"dropout": dropout_key})
-  return dict(zip(images, jnp.split(logits, len(images)), strict=True)), moved
+  return dict(zip(parts, jnp.split(logits, len(parts)), strict=True)), moved
 
 
 def create(case: str):

@@ -98,7 +98,7 @@ def test_crop_flip_pads_by_the_setting():
 
 
 def test_bad_settings_are_one_sentence():
-  with pytest.raises(InputError, match=r"data\.augment='mixup'.*'crop_flip', 'none'"):
+  with pytest.raises(InputError, match=r"data\.augment='mixup'.*'crop_flip', 'none', 'randaug"):
     transforms.training_transform(28, "mixup")
   with pytest.raises(InputError, match=r"data\.padding=-1.*0 or more"):
     transforms.training_transform(28, "crop_flip", padding=-1)

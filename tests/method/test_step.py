@@ -32,7 +32,8 @@ RATE = 0.5  # the optimizer is plain SGD, so that parameters show the gradient: 
 def make_method(scheme="advprop", **settings):
   scheme = SCHEMES[scheme]
   model = one_block.create(domains=scheme.domains, dropout_rate=0.0, drop_path_rate=0.0)
-  return Method(**{"model": model, "scheme": scheme, "attack": Attack(num_steps=2),
+  attack = Attack(num_steps=2, label_smoothing=0.1)
+  return Method(**{"model": model, "scheme": scheme, "attack": attack,
                    "optimizer": optax.sgd(RATE), **settings})
 
 
@@ -75,7 +76,7 @@ def by_hand(method, state, batch):
   images, labels = to_model_units(batch["image"]), batch["label"]
   keys = image_keys(attack_key, len(labels), None)
   adversarial = attack_images(method.model, state.variables, "adversarial", method.attack, images,
-                              labels, keys, method.label_smoothing)
+                              labels, keys)
 
   def loss(params, images, domain, collection):
     logits, updates = method.model.apply(
@@ -117,12 +118,12 @@ def test_passes_are_one_pass_of_both_domains(shared):
   model = dataclasses.replace(method.model, share_statistics=shared)
   method = dataclasses.replace(method, model=model)
   state, images = make_state(method), to_model_units(make_batch(8)["image"])
-  parts = {"clean": images[:4], "adversarial": images[4:]}
+  parts = {"clean": {"image": images[:4]}, "adversarial": {"image": images[4:]}}
   logits, moved = forward(method, state.params, state.batch_stats, parts, jax.random.PRNGKey(0))
   expected, expected_moved = model.apply(
       state.variables, images, domains=("clean", "adversarial"), train=True,
       mutable=list(state.batch_stats))
-  assert len(passes(method.scheme, model)) == (1 if shared else 2)
+  assert len(passes(method.scheme, model, parts)) == (1 if shared else 2)
   assert_close(jnp.concatenate([logits["clean"], logits["adversarial"]]), expected)
   assert_close(moved, expected_moved)
 
@@ -133,7 +134,7 @@ def test_weights_of_the_losses(advprop):
 
   def gradient(clean, adversarial):
     weights = {"clean": clean, "adversarial": adversarial}
-    return gradients(dataclasses.replace(method, scheme=method.scheme.weighted(weights)),
+    return gradients(dataclasses.replace(method, scheme=method.scheme.adjusted(weights)),
                      state, batch)[0]
 
   combined = jax.tree.map(lambda a, b: 0.5 * a + 2 * b, gradient(1.0, 0.0), gradient(0.0, 1.0))
@@ -156,7 +157,7 @@ def test_the_attack_moves_no_statistics(advprop):
 def test_vanilla_is_advprop_without_adversarial_images():
   """The clean part of AdvProp's gradient is vanilla's, and the shared start is the same."""
   vanilla, advprop = make_method("vanilla"), make_method("advprop")
-  advprop = dataclasses.replace(advprop, scheme=advprop.scheme.weighted({"adversarial": 0.0}))
+  advprop = dataclasses.replace(advprop, scheme=advprop.scheme.adjusted({"adversarial": 0.0}))
   a, b = (create_train_state(m.model, m.optimizer, 3, 28, False) for m in (vanilla, advprop))
   jax.tree.map(np.testing.assert_array_equal, a.variables, drop_auxiliary(b.variables))
   a, _ = compiled(vanilla)(a, make_batch())
@@ -206,9 +207,12 @@ def test_dropping_the_auxiliary_bns_changes_no_bit(advprop):
 
 
 def test_evaluation_counts_masked_images_never(advprop):
+  """Fails where padding is counted, as an image, as one that is right, or with its loss."""
   method, state, batch = advprop
   batch = {**make_batch(12), "index": np.arange(12, dtype=np.int32),
            "mask": np.arange(12) < 9}
+  logits = jax.jit(method.model.apply)(state.variables, to_model_units(batch["image"]))
+  batch["label"][9:] = np.argmax(logits, axis=-1)[9:]   # the network would be right there
   step = jax.jit(functools.partial(eval_step, method, domain="clean"))
   sums = step(state.variables, batch)
   short = step(state.variables, {name: value[:9] for name, value in batch.items()})

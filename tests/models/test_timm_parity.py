@@ -10,9 +10,10 @@ from advprop_jax.models.weights import from_timm, to_timm
 
 pytestmark = pytest.mark.slow
 
-PUBLISHED = [name for name in NAMES if name.startswith("efficientnet")
-             and not name.endswith("tiny")]
+PUBLISHED = [name for name in NAMES if not name.endswith("tiny")]
 SIZE = 97  # odd, so that 'SAME' pads differently from layer to layer
+# Of the largest logit. PyTorch's own float32 is 2.2e-3 from its float64 in ResNet-200.
+TOLERANCE = {"resnet200": 5e-3}
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +25,8 @@ def timm():
 def make_reference(timm, name):
   """timm's network in float64, with random weights that keep activations near one."""
   import torch
-  model = timm.create_model(f"tf_{name}", pretrained=False, drop_rate=0.0, drop_path_rate=0.0)
+  prefix = "tf_" if name.startswith("efficientnet") else ""  # as TensorFlow pads, not PyTorch
+  model = timm.create_model(prefix + name, pretrained=False, drop_rate=0.0, drop_path_rate=0.0)
   rng = np.random.default_rng(0)
 
   def value(key, shape):
@@ -62,7 +64,8 @@ def test_logits_and_names_are_timms(name, timm):
     with torch.no_grad():
       expected = reference.train(train)(pixels).numpy()
     logits = apply(from_timm(name, state_dict), jnp.asarray(images), train=train)
-    assert np.abs(logits - expected).max() < 1e-3 * np.abs(expected).max()
+    error = np.abs(logits - expected).max() / np.abs(expected).max()
+    assert error < TOLERANCE.get(name, 1e-3)
 
   assert_agree(True, weights)
   measured = {key: tensor.numpy().astype(np.float32)

@@ -3,8 +3,10 @@
 import functools
 import importlib.util
 import json
+import math
 import re
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,16 +14,18 @@ import pytest
 from flax import traverse_util
 
 from advprop_jax.errors import InputError
-from advprop_jax.models import NAMES, create_model, efficientnet
+from advprop_jax.models import NAMES, create_model
+from advprop_jax.models.batch_norm import BatchNorm
 from advprop_jax.models.weights import from_timm, to_timm
 
-EFFICIENTNETS = [name for name in NAMES if name.startswith("efficientnet")]
 GOLDEN = [
     "tf_efficientnet_lite0",
     "tf_efficientnet_b0",
     pytest.param("tf_efficientnet_b1", marks=pytest.mark.slow),
     pytest.param("tf_efficientnet_b4", marks=pytest.mark.slow),
     pytest.param("tf_efficientnet_b8", marks=pytest.mark.slow),
+    "resnet50",
+    pytest.param("resnet152", marks=pytest.mark.slow),
 ]
 
 
@@ -36,24 +40,27 @@ def load_golden(shared, name):
   return module, dict(np.load(folder / f"{name}.npz"))
 
 
-def positions(model, side):
-  """{module: how many pixels of an image its batch norm sees}: what makes a variance unbiased."""
-  side = -(-side // model.architecture.stem_stride)
-  pixels = {"stem_norm": side ** 2}
-  for block, _, _, stage in efficientnet.block_names(model.architecture):
-    pixels[f"{block}/expand_norm"] = side ** 2
-    side = -(-side // stage.stride)
-    pixels[f"{block}/depthwise_norm"] = pixels[f"{block}/project_norm"] = side ** 2
-  return {**pixels, "head_norm": side ** 2}
+def sample_sizes(model, images):
+  """{a batch norm's path: over how many positions it averages}: what makes a variance unbiased."""
+  sizes = {}
+
+  def record(function, args, kwargs, context):
+    if isinstance(context.module, BatchNorm) and context.method_name == "__call__":
+      sizes[context.module.path] = math.prod(args[0].shape[:-1])
+    return function(*args, **kwargs)
+
+  with nn.intercept_methods(record):
+    jax.eval_shape(model.init, jax.random.key(0), images)
+  return sizes
 
 
 def batch_statistics(model, new, images):
   """The batch's own mean and unbiased variance, from running statistics that started at zero."""
-  pixels = positions(model, images.shape[1])
+  sizes, share = sample_sizes(model, images), 1 - model.architecture.norm_momentum
   flat = {}
   for path, leaf in traverse_util.flatten_dict(new["batch_stats"]).items():
-    n = len(images) * pixels["/".join(path[:-1])]
-    flat["batch_stats", *path] = leaf / 0.01 * (n / (n - 1) if path[-1] == "var" else 1)
+    n = sizes[path[:-1]]
+    flat["batch_stats", *path] = leaf / share * (n / (n - 1) if path[-1] == "var" else 1)
   return traverse_util.unflatten_dict(flat)
 
 
@@ -64,7 +71,8 @@ def assert_agree(logits, reference):
 
 @pytest.mark.parametrize("name", GOLDEN)
 def test_golden_logits(name, shared):
-  """Faults: symmetric padding, another epsilon, squeeze-excite of the expanded channels, ..."""
+  """Faults: another padding or epsilon, squeeze-excite of the expanded channels, stride in the
+  first convolution of a bottleneck, ..."""
   golden, reference = load_golden(shared, name)
   weights = golden.weights(json.loads(str(reference["shapes"])))
   model = create_model(name, dropout_rate=0.0, drop_path_rate=0.0)
@@ -91,8 +99,9 @@ def test_golden_logits(name, shared):
 
 
 def test_names_and_shapes_are_those_of_the_reference(shared):
-  for name in ("efficientnet_b0", "efficientnet_b8", "efficientnet_lite0"):
-    _, reference = load_golden(shared, f"tf_{name}")
+  for name in ("tf_efficientnet_b0", "tf_efficientnet_b8", "tf_efficientnet_lite0", "resnet50",
+               "resnet152"):
+    _, reference = load_golden(shared, name)
     expected = {key: tuple(shape) for key, shape in json.loads(str(reference["shapes"])).items()
                 if not key.endswith("num_batches_tracked")}
     assert {key: value.shape for key, value in random_state_dict(name).items()} == expected
@@ -111,7 +120,7 @@ def random_state_dict(name, **settings):
                                     variable_shapes(name, **settings)))
 
 
-@pytest.mark.parametrize("name", EFFICIENTNETS)
+@pytest.mark.parametrize("name", NAMES)
 def test_there_and_back_is_exact(name):
   weights = random_state_dict(name)
   back = to_timm(name, from_timm(name, weights))
@@ -120,16 +129,18 @@ def test_there_and_back_is_exact(name):
     np.testing.assert_array_equal(back[key], value, strict=True)
 
 
-def test_number_of_classes_is_the_classifiers():
-  weights = random_state_dict("efficientnet_tiny", num_classes=7)
-  kernel = from_timm("efficientnet_tiny", weights)["params"]["classifier"]["kernel"]
-  np.testing.assert_array_equal(kernel, weights["classifier.weight"].T)
+@pytest.mark.parametrize(("name", "classifier"), [("efficientnet_tiny", "classifier"),
+                                                  ("resnet_tiny", "fc")])
+def test_number_of_classes_is_the_classifiers(name, classifier):
+  weights = random_state_dict(name, num_classes=7)
+  kernel = from_timm(name, weights)["params"]["classifier"]["kernel"]
+  np.testing.assert_array_equal(kernel, weights[f"{classifier}.weight"].T)
   assert kernel.shape[1] == 7
 
 
-def test_only_the_main_domain_is_written():
-  name, domains = "efficientnet_tiny", ("clean", "adversarial")
-  two = random_state_dict(name, domains=domains)
+@pytest.mark.parametrize("name", ["efficientnet_tiny", "resnet_tiny"])
+def test_only_the_main_domain_is_written(name):
+  two = random_state_dict(name, domains=("clean", "adversarial"))
   assert {key: value.shape for key, value in two.items()} == {
       key: value.shape for key, value in random_state_dict(name).items()}
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import re
 
 import jax
@@ -10,12 +11,12 @@ import numpy as np
 import pytest
 
 from advprop_jax.errors import InputError
-from advprop_jax.experiment import create_method, resolve
-from advprop_jax.method.attack import Attack
+from advprop_jax.experiment import create_method, resolve, training_attack
 from advprop_jax.method.state import create_train_state
 from advprop_jax.method.step import train_step
 from advprop_jax.runtime.config import (
   FIELDS,
+  create_scheme,
   default_config,
   differences,
   duration,
@@ -61,7 +62,8 @@ def test_every_config_says_how_to_run_it(name):
 def test_a_step_of_the_config_can_be_traced(name, variant):
   """Network, attack, losses, optimizer and moving averages fit together; nothing is computed."""
   config = resolve(load(name, variant))
-  method = create_method(config, 10, lambda step: 0.1, Attack(**config.attack))
+  method = create_method(config, create_scheme(config), 10, lambda step: 0.1,
+                         training_attack(config, 100.0))
   size = config.data.image_size
   state = jax.eval_shape(lambda: create_train_state(method.model, method.optimizer, 0, size, True))
   batch = {"image": jax.ShapeDtypeStruct((1, 4, size, size, 3), np.uint8),
@@ -140,6 +142,13 @@ def test_a_value_of_the_wrong_type(path, value, kind):
 
 def test_whole_numbers_are_floats_too():
   validate(config_with("attack.epsilon", 2))
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("path", [path for path, field in FIELDS.items() if field.type is float])
+def test_a_number_that_is_not_finite(path, value):
+  """Fails where a float field takes inf or nan, which no range check need notice."""
+  assert f"config.{path}={value!r}" in refused(config_with(path, value))
 
 
 def test_an_unknown_field():

@@ -112,7 +112,9 @@ def test_resuming_drops_what_will_be_done_again(tmp_path, start_step, kept):
     writer.write(100, {"loss": 0.5})
   assert [line["step"] for line in read_lines(tmp_path)] == [*kept, 100]
   assert sorted(step for step, _ in shown_scalars(tmp_path)) == [*kept, 100]
-  assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "tensorboard"]
+  aside = [] if start_step else ["metrics.before.jsonl"]    # a run from scratch loses no old one
+  assert sorted(path.name for path in tmp_path.iterdir()) == [*aside, "metrics.jsonl",
+                                                              "tensorboard"]
 
 
 def test_a_whole_last_line_without_its_newline_is_not_trusted(tmp_path):
