@@ -92,7 +92,7 @@ def create_experiment(config: ml_collections.ConfigDict) -> Experiment:
   return Experiment(
       config=config, train_source=train_source, test_source=test_source,
       method=create_method(config, scheme, num_classes, schedule, attack),
-      schedule=schedule, eval_attack=evaluation_attack(config, attack),
+      schedule=schedule, eval_attack=evaluation_attack(config),
       steps_per_epoch=steps_per_epoch, total_steps=total_steps)
 
 
@@ -141,20 +141,22 @@ def create_method(config: ml_collections.ConfigDict, scheme: Scheme, num_classes
 
 def training_attack(config: ml_collections.ConfigDict, steps_per_epoch: float) -> Attack:
   """The attacker of a validated config."""
-  settings = dict(config.attack)
-  settings["ramp_steps"] = duration(config.attack, "ramp", steps_per_epoch)
-  if settings["label_smoothing"] is None:
-    settings["label_smoothing"] = config.loss.label_smoothing
-  return create_attack(**{field.name: settings[field.name] for field in dataclasses.fields(Attack)
-                          if field.name in settings})
+  smoothing = config.attack.label_smoothing
+  return create_attack(
+      **_set_by_name(config), clean_start=config.attack.clean_start,
+      statistics=config.attack.statistics, target=config.attack.target,
+      dropout=config.attack.dropout, ramp_steps=duration(config.attack, "ramp", steps_per_epoch),
+      label_smoothing=config.loss.label_smoothing if smoothing is None else smoothing)
 
 
-def evaluation_attack(config: ml_collections.ConfigDict, attack: Attack) -> Attack:
-  """The training's attacker without its tricks, as strong as config.eval says."""
-  strength = {name: value for name, value in config.eval.items()
-              if name in ("epsilon", "step_size", "num_steps") and value is not None}
-  if config.eval.attack is not None:
-    strength["name"] = config.eval.attack
-  return create_attack(**{
-      **dataclasses.asdict(attack), "clean_start": 0.0, "statistics": "running", "target": "none",
-      "dropout": False, "label_smoothing": 0.0, "ramp_steps": 0, **strength})
+def evaluation_attack(config: ml_collections.ConfigDict) -> Attack:
+  """The attacker of a validated config without its tricks, as strong as config.eval says."""
+  strength = {"name": config.eval.attack, "epsilon": config.eval.epsilon,
+              "step_size": config.eval.step_size, "num_steps": config.eval.num_steps}
+  return create_attack(**{**_set_by_name(config), **{
+      name: value for name, value in strength.items() if value is not None}})
+
+
+def _set_by_name(config):
+  return {name: config.attack[name]
+          for name in ("name", "norm", "epsilon", "step_size", "num_steps")}

@@ -7,12 +7,15 @@ Hardware: a laptop; the README has times and accuracies as measured on 2 CPU cor
 """
 
 from advprop_jax.runtime.config import default_config
+from advprop_jax.runtime.variants import choose
+
+CHOICES = {"scheme": ("advprop", "vanilla")}
 
 
-def get_config(variant: str = "scheme=advprop"):
+def get_config(variant: str = ""):
   """`variant`: scheme=advprop or scheme=vanilla."""
   config = default_config()
-  config.scheme = variant.removeprefix("scheme=")
+  config.scheme = choose(variant, CHOICES)["scheme"]
   config.model.name = "efficientnet_tiny"
   config.model.dropout_rate = 0.0  # four epochs are too few to over-fit
   config.model.drop_path_rate = 0.0

@@ -301,3 +301,11 @@ def test_an_epoch_need_not_be_whole():
   assert math.isclose(experiment.steps_per_epoch, 2.5)
   assert experiment.total_steps == round(7.5)
   assert experiment.every("eval") == 2.5
+
+
+def test_the_attack_of_the_evaluation_is_the_one_named():
+  """Fails where something of the training's attacker, such as GD's missing ball, is left in it."""
+  attack = make_experiment({"attack.name": "gd", "eval.attack": "pgd"}).eval_attack
+  assert (attack.ball, attack.clean_start) == (True, 0.0)
+  attack = make_experiment({"attack.name": "fgsm", "eval.attack": "pgd"}).eval_attack
+  assert (attack.num_steps, attack.step_size) == (5, 1.0)

@@ -3,7 +3,7 @@
 A scheme turns one mini-batch into *parts*. Each part has its images (clean ones, or the adversarial
 counterpart of clean ones), the domain whose batch norms normalise it, and a weight in the loss
 
-    loss = sum of weight * cross entropy(part)                         (Equation 3 of the paper)
+    loss = sum of weight * cross entropy(part)
 
 A scheme is a row of the table below; no other code asks for its name.
 """
@@ -100,11 +100,11 @@ SCHEMES = {
     "vanilla": Scheme((_CLEAN,)),
     # Adversarial images alone, in the place of the clean ones (Madry et al., ICLR 2018).
     "adversarial": Scheme((Part(ADVERSARIAL, CLEAN, attacked=True),)),
-    # Both through the same batch norms: the baseline that AdvProp explains (Section 3).
+    # Both through the same batch norms: the baseline that AdvProp explains.
     "joint": Scheme((_CLEAN, Part(ADVERSARIAL, CLEAN, attacked=True))),
     # Each through its own batch norms (Algorithm 1).
     "advprop": Scheme((_CLEAN, _AUXILIARY)),
-    # A third set of batch norms for strongly augmented images (Section 4.3). What is attacked is
+    # A third set of batch norms for strongly augmented images. What is attacked is
     # the basic view; give adversarial_second a weight to attack the second one as well, and
     # adversarial the weight 0 to attack the second one alone.
     "fine_grained": Scheme((

@@ -1,6 +1,6 @@
 """The bank of batch norms: one batch norm per domain in the place of one.
 
-AdvProp's idea in one layer (Section 4.1 of the paper, Figure 3): clean and adversarial images
+AdvProp's idea in one layer (the paper's auxiliary batch norm): clean and adversarial images
 have different statistics, so each *domain* is normalised by its own batch norm while all other
 weights are shared. The first domain is the main one; its variables have the names of an ordinary
 batch norm, so a network whose other domains are dropped *is* the ordinary network:

@@ -2,8 +2,6 @@
 
 import json
 import logging
-import os
-import pathlib
 import pickle
 import shutil
 import tarfile
@@ -21,84 +19,17 @@ from advprop_jax.data.loader import evaluation_batches, training_batches
 from advprop_jax.data.transforms import evaluation_transform, training_transform
 from advprop_jax.errors import InputError
 from advprop_jax.experiment import open_split
-
-INDEX = ".advprop_jax_train.json"
-BROKEN = {"text.jpg": b"no image at all", "empty.png": b"", "notes": b"\x89PNG\r\n\x1a\n"}
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-  """The user's cache, empty."""
-  path = tmp_path_factory.mktemp("cache")
-  monkeypatch.setenv("XDG_CACHE_HOME", str(path))
-  return path
-
-
-@pytest.fixture
-def looked_at(monkeypatch):
-  """Every file that is decoded for the index, in a list that grows."""
-  seen = []
-  examined = folder._examined
-  monkeypatch.setattr(folder, "_examined", lambda root, paths: (
-    seen.extend(paths), examined(root, paths))[1])
-  return seen
-
-
-def pixels(number: int, height=4, width=5) -> np.ndarray:
-  return np.random.default_rng(number).integers(0, 256, (height, width, 3)).astype(np.uint8)
-
-
-def save(path: pathlib.Path, number=0, **settings) -> pathlib.Path:
-  path.parent.mkdir(parents=True, exist_ok=True)
-  Image.fromarray(pixels(number, **settings)).save(path)
-  return path
-
-
-def animals(parent: pathlib.Path, **numbers: int) -> pathlib.Path:
-  """A folder with train/ and test/ of so many PNGs per class; cat=4 and dog=3 by default."""
-  for split in ("train", "test"):
-    for name, number in (numbers or {"cat": 4, "dog": 3}).items():
-      for i in range(number):
-        save(parent / split / name / f"{i:03}.png", number=i)
-  return parent
-
-
-def add_broken(parent: pathlib.Path) -> list[str]:
-  """Puts four broken files into train/cat: their paths, sorted."""
-  for name, content in BROKEN.items():
-    (parent / "train" / "cat" / name).write_bytes(content)
-  whole = save(parent / "train" / "cat" / "cut.jpg", height=64, width=64)
-  whole.write_bytes(whole.read_bytes()[:-400])
-  return sorted(f"cat/{name}" for name in [*BROKEN, "cut.jpg"])
-
-
-def aged(parent: pathlib.Path) -> pathlib.Path:
-  """Lets all folders in it be an hour old: the index is sure of those."""
-  for path in [parent, *parent.rglob("*")]:
-    if path.is_dir():
-      status = path.stat()
-      os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns - 3600 * 10**9))
-  return parent
-
-
-def paths(source) -> tuple[str, ...]:
-  records = source.records
-  return getattr(records, "_records", records).paths
-
-
-def labels(source) -> list[int]:
-  return [record["label"] for record in source]
-
-
-def says(*parts: str, directory, split="train", **settings) -> str:
-  """Opens what cannot be opened; the message is one line that holds the parts."""
-  with pytest.raises(InputError) as caught:
-    open_folder(directory, split, **settings)
-  message = str(caught.value)
-  assert "\n" not in message
-  for part in parts:
-    assert part in message
-  return message
+from tests.class_folders import (
+  INDEX,
+  add_broken,
+  aged,
+  animals,
+  labels,
+  paths,
+  pixels,
+  save,
+  says,
+)
 
 
 def test_classes_are_sorted_and_records_are_the_files(tmp_path):
@@ -309,168 +240,6 @@ def test_a_file_that_breaks_later_is_named_when_it_is_read(tmp_path, keep):
   file.unlink()
   with pytest.raises(InputError, match=r"cat/000.png' is no longer .*No such file"):
     source[0]
-
-
-def test_an_unchanged_folder_is_not_read_again(tmp_path, looked_at, cache):
-  first = open_folder(aged(animals(tmp_path)))
-  assert sorted(looked_at) == sorted(paths(first))
-  looked_at.clear()
-  written = (tmp_path / INDEX).stat()
-  again = open_folder(tmp_path)
-  assert looked_at == []
-  assert (tmp_path / INDEX).stat().st_ino == written.st_ino
-  assert (paths(again), labels(again)) == (paths(first), labels(first))
-  assert not list(cache.iterdir())
-  assert sorted(os.listdir(tmp_path)) == [INDEX, "test", "train"]
-
-
-def add(train):
-  save(train / "cat" / "new.png")
-
-
-def remove(train):
-  (train / "cat" / "000.png").unlink()
-
-
-def rename(train):
-  (train / "cat" / "000.png").rename(train / "cat" / "new.png")
-
-
-def replace(train):
-  save(train.parent / "new.png", number=5, height=9).replace(train / "cat" / "000.png")
-
-
-def add_nested(train):
-  save(train / "cat" / "deep" / "new.png")
-
-
-def add_class(train):
-  save(train / "cow" / "new.png")
-
-
-def remove_class(train):
-  shutil.rmtree(train / "dog")
-
-
-def add_unseen(train):
-  """By a tool that sets the times back: only the number of entries tells."""
-  before = (train / "cat").stat()
-  add(train)
-  os.utime(train / "cat", ns=(before.st_atime_ns, before.st_mtime_ns))
-
-
-@pytest.mark.parametrize(("change", "new", "number"), [
-  (add, ["cat/new.png"], 8), (remove, [], 6), (rename, ["cat/new.png"], 7),
-  (replace, ["cat/000.png"], 7), (add_nested, ["cat/deep/new.png"], 8),
-  (add_class, ["cow/new.png"], 8), (remove_class, [], 4), (add_unseen, ["cat/new.png"], 8)])
-def test_a_changed_folder_is_read_again_where_it_changed(tmp_path, looked_at, change, new, number):
-  shutil.rmtree(animals(tmp_path) / "test")
-  assert len(open_folder(aged(tmp_path))) == 7
-  looked_at.clear()
-  change(tmp_path / "train")
-  after = open_folder(tmp_path)
-  assert (len(after), looked_at) == (number, new)
-  assert len({path.partition("/")[0] for path in paths(after)}) == after.num_classes
-  shutil.copytree(tmp_path, tmp_path / "copy", ignore=shutil.ignore_patterns(".*", "copy"))
-  assert paths(after) == paths(open_folder(tmp_path / "copy"))
-  looked_at.clear()
-  assert len(open_folder(tmp_path)) == number
-  assert looked_at == []
-
-
-def test_a_change_within_one_tick_of_the_clock_is_noticed(tmp_path, looked_at):
-  train = animals(tmp_path) / "train"
-  open_folder(tmp_path)
-  before = (train / "cat").stat()
-  rename(train)
-  os.utime(train / "cat", ns=(before.st_atime_ns, before.st_mtime_ns))
-  looked_at.clear()
-  assert "cat/new.png" in paths(open_folder(tmp_path))
-  assert looked_at == ["cat/new.png"]
-
-
-def test_a_file_changed_in_place_is_noticed_with_the_next_index(tmp_path, looked_at):
-  open_folder(aged(animals(tmp_path)))
-  save(tmp_path / "train" / "cat" / "000.png", height=20, width=30)
-  looked_at.clear()
-  open_folder(tmp_path)
-  assert looked_at == []
-  add(tmp_path / "train")
-  open_folder(tmp_path)
-  assert sorted(looked_at) == ["cat/000.png", "cat/new.png"]
-
-
-@pytest.mark.parametrize("content", [
-  b"", b"{", b"[1]", b'{"version": 0}', b'{"version": 1}', b"\xff",
-  b'{"version": 1, "folders": {}, "files": {"cat/000.png": [1]}, "broken": []}'])
-def test_an_index_that_does_not_read_is_made_again(tmp_path, looked_at, content):
-  animals(tmp_path)
-  (tmp_path / INDEX).write_bytes(content)
-  assert len(open_folder(tmp_path)) == len(looked_at) == 7
-  assert len(json.loads((tmp_path / INDEX).read_text())["files"]) == 7
-
-
-def test_an_index_of_another_version_is_made_again(tmp_path, looked_at):
-  open_folder(aged(animals(tmp_path)))
-  content = json.loads((tmp_path / INDEX).read_text())
-  (tmp_path / INDEX).write_text(json.dumps({**content, "version": content["version"] + 1}))
-  looked_at.clear()
-  open_folder(tmp_path)
-  assert len(looked_at) == 7
-  assert json.loads((tmp_path / INDEX).read_text()) == content
-
-
-def test_a_folder_that_cannot_be_written_is_indexed_in_the_cache(tmp_path, cache, looked_at):
-  """A folder that has the index's name is in the way: of root as well, whom no mode stops."""
-  animals(tmp_path)
-  (tmp_path / INDEX).mkdir()
-  assert len(open_folder(tmp_path)) == len(looked_at) == 7
-  assert len(list((cache / "advprop_jax").iterdir())) == 1
-  other = animals(tmp_path / "other", cow=2)
-  (other / INDEX).mkdir()
-  assert len(open_folder(other)) == 2
-  assert len(list((cache / "advprop_jax").iterdir())) == 2
-  looked_at.clear()
-  assert (len(open_folder(tmp_path)), len(open_folder(other)), looked_at) == (7, 2, [])
-  assert sorted(os.listdir(tmp_path)) == [INDEX, "other", "test", "train"]
-
-
-def test_no_place_for_an_index_is_said_and_no_error(tmp_path, monkeypatch, caplog):
-  animals(tmp_path)
-  (tmp_path / INDEX).mkdir()
-  monkeypatch.setenv("XDG_CACHE_HOME", str(save(tmp_path / "a.png")))
-  assert len(open_folder(tmp_path)) == 7
-  [record] = caplog.records
-  assert "can be written to none of" in record.getMessage()
-
-
-def test_an_index_is_put_in_place_as_a_whole(tmp_path, monkeypatch):
-  """While it is written the old one stands; what fails on the way leaves nothing behind."""
-  animals(tmp_path)
-  open_folder(tmp_path)
-  old = (tmp_path / INDEX).read_bytes()
-  put = []
-
-  def failing(source, target):
-    put.append(json.loads(pathlib.Path(source).read_text())["files"].keys())
-    assert not pathlib.Path(target).exists() or pathlib.Path(target).read_bytes() == old
-    raise OSError("no space left")
-
-  add(tmp_path / "train")
-  monkeypatch.setattr(os, "replace", failing)
-  assert len(open_folder(tmp_path)) == 8
-  assert [len(files) for files in put] == [8, 8]       # there, and in the cache
-  assert (tmp_path / INDEX).read_bytes() == old
-  assert sorted(os.listdir(tmp_path)) == [INDEX, "test", "train"]
-
-
-def test_many_may_start_at_once(tmp_path, cache):
-  animals(tmp_path)
-  with ThreadPoolExecutor(8) as threads:
-    sources = list(threads.map(lambda _: open_folder(tmp_path), range(16)))
-  assert {len(source) for source in sources} == {7}
-  assert sorted(os.listdir(tmp_path)) == [INDEX, "test", "train"]
-  assert not list(cache.iterdir())
 
 
 def test_a_folder_is_needed(tmp_path):

@@ -1,8 +1,11 @@
 """Bad configs are refused in one sentence that names the field, the value and what would do."""
 
+import functools
+import importlib
 import importlib.util
 import json
 import math
+import pathlib
 import re
 
 import jax
@@ -12,6 +15,7 @@ import pytest
 
 from advprop_jax.errors import InputError
 from advprop_jax.experiment import create_method, resolve, training_attack
+from advprop_jax.method.schemes import SECOND_VIEW
 from advprop_jax.method.state import create_train_state
 from advprop_jax.method.step import train_step
 from advprop_jax.runtime.config import (
@@ -23,51 +27,75 @@ from advprop_jax.runtime.config import (
   flatten,
   validate,
 )
+from advprop_jax.runtime.variants import choose, variants
 from tests.conftest import ROOT
 
-VARIANTS = {
-    "quickstart": ["scheme=advprop", "scheme=vanilla"],
-    "imagenet_efficientnet": [f"b{i}" for i in range(9)],
-}
-CONFIGS = [(name, variant) for name, variants in VARIANTS.items() for variant in variants]
+FILES = sorted(path.relative_to(ROOT / "configs") for path in (ROOT / "configs").glob("**/*.py"))
 
 
-def load(name, variant):
-  spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module.get_config(variant)
+@functools.cache
+def module(path):
+  return importlib.import_module(".".join(["configs", *path.with_suffix("").parts]))
 
 
-def test_no_config_file_is_left_out():
-  assert {path.stem for path in (ROOT / "configs").glob("**/*.py")} == set(VARIANTS)
+VARIANTS = [(path, variant) for path in FILES for variant in variants(module(path).CHOICES)]
 
 
-@pytest.mark.parametrize(("name", "variant"), CONFIGS)
-def test_every_config_is_valid(name, variant):
-  config = resolve(load(name, variant))
-  validate(config, devices=8)
-  json.dumps(config.to_dict())
-  assert config.data.image_size is not None
+def load(path, variant=""):
+  return module(path).get_config(variant)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
-def test_every_config_says_how_to_run_it(name):
-  text = (ROOT / "configs" / f"{name}.py").read_text()
-  assert f"python -m advprop_jax.main --config=configs/{name}.py" in text
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_every_variant_of_every_config_is_valid(path):
+  for variant in variants(module(path).CHOICES):
+    config = resolve(load(path, variant))
+    validate(config, devices=1 if "small" in path.parts or path.stem == "quickstart" else 8)
+    json.dumps(config.to_dict())
+    assert config.data.image_size is not None
+
+
+def test_variants_differ_and_the_first_is_the_default():
+  for path in FILES:
+    configs = [json.dumps(load(path, variant).to_dict()) for of, variant in VARIANTS if of == path]
+    assert len(set(configs)) == len(configs), path
+    assert json.dumps(load(path).to_dict()) == configs[0]
+
+
+@pytest.mark.parametrize(("variant", "says"), [
+    ("b9", "'b9'"), ("size=b0,b1", "'b1'"), ("b0,epsilon=5", "'epsilon=5'"), ("b0,=1", "'=1'")])
+def test_a_variant_that_is_not_there(variant, says):
+  with pytest.raises(InputError) as error:
+    choose(variant, {"size": ("b0", "b1"), "epsilon": ("1", "2")})
+  assert says in str(error.value)
+  assert "size=b0|b1; epsilon=1|2" in str(error.value)
+
+
+def test_a_variant_by_names_or_values_in_any_order():
+  choices = {"size": ("b0", "b1"), "epsilon": ("1", "2")}
+  assert choose("2,size=b1", choices) == {"size": "b1", "epsilon": "2"}
+  assert choose("", choices) == {"size": "b0", "epsilon": "1"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_every_config_says_how_to_run_it(path):
+  text = module(path).__doc__
+  assert f"python -m advprop_jax.main --config=configs/{path}" in text
   assert "Hardware:" in text
+  assert "not run" in text or "README" in text
 
 
-@pytest.mark.parametrize(("name", "variant"), [CONFIGS[0], CONFIGS[1], CONFIGS[2]])
-def test_a_step_of_the_config_can_be_traced(name, variant):
+@pytest.mark.parametrize(("path", "variant"), [
+    ("quickstart.py", "advprop"), ("quickstart.py", "vanilla"), ("imagenet_efficientnet.py", "b0"),
+    ("small/schemes.py", "fine_grained,resnet_tiny"), ("small/schemes.py", "fast_advprop")])
+def test_a_step_of_the_config_can_be_traced(path, variant):
   """Network, attack, losses, optimizer and moving averages fit together; nothing is computed."""
-  config = resolve(load(name, variant))
+  config = resolve(load(pathlib.Path(path), variant))
   method = create_method(config, create_scheme(config), 10, lambda step: 0.1,
                          training_attack(config, 100.0))
   size = config.data.image_size
   state = jax.eval_shape(lambda: create_train_state(method.model, method.optimizer, 0, size, True))
-  batch = {"image": jax.ShapeDtypeStruct((1, 4, size, size, 3), np.uint8),
-           "label": jax.ShapeDtypeStruct((1, 4), np.int32)}
+  images = jax.ShapeDtypeStruct((1, 10, size, size, 3), np.uint8)
+  batch = {"image": images, SECOND_VIEW: images, "label": jax.ShapeDtypeStruct((1, 10), np.int32)}
   step = jax.pmap(lambda s, b: train_step(method, s, b), axis_name=method.axis_name,
                   in_axes=(None, 0), out_axes=None)
   new_state, metrics = jax.eval_shape(step, state, batch)

@@ -1,0 +1,21 @@
+"""Other attackers than PGD: I-FGSM has no random start, GD neither start nor ball.
+
+  python -m advprop_jax.main --config=configs/paper/attackers.py:b3,attack=ifgsm --workdir=DIR \
+      --config.data.dir=DIRECTORY_OF_TFDS_DATA
+
+Hardware: a TPU pod slice. Published: all three help, and which one hardly matters; from memory of
+the paper, and the numbers are not at hand. Here: not run.
+"""
+
+from advprop_jax.runtime.variants import choose
+from configs import imagenet_efficientnet
+
+CHOICES = {"size": tuple(f"b{i}" for i in range(8)), "attack": ("pgd", "ifgsm", "gd")}
+
+
+def get_config(variant: str = ""):
+  """`variant`: a size and an attacker, such as "b3,gd"."""
+  chosen = choose(variant, CHOICES)
+  config = imagenet_efficientnet.get_config(chosen["size"])
+  config.attack.name = chosen["attack"]
+  return config
