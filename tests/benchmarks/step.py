@@ -2,6 +2,7 @@
 
   python -m tests.benchmarks.step --network=efficientnet_tiny --size=28 --batch=128
   python -m tests.benchmarks.step --network=efficientnet_b0 --size=128 --batch=16
+  python -m tests.benchmarks.step --network=resnet_tiny --size=32 --batch=80 --cases=vanilla,fast
   python -m tests.benchmarks.step --malloc        # with the C library's own way with memory
 
 The cases alternate, so that a machine whose speed drifts does so for all of them. Prints one JSON
@@ -30,11 +31,12 @@ from advprop_jax.runtime.memory import keep_freed_memory
 
 _NETWORK = flags.DEFINE_string("network", "efficientnet_tiny", "a name of models.NAMES")
 _SIZE = flags.DEFINE_integer("size", 28, "height and width, pixels")
-_BATCH = flags.DEFINE_integer("batch", 128, "clean images per step")
+_BATCH = flags.DEFINE_integer("batch", 128, "images of a mini-batch; a multiple of 5 for fast")
 _DTYPE = flags.DEFINE_string("dtype", "float32", "compute type")
 _REPEATS = flags.DEFINE_integer("repeats", 7, "rounds")
 _CASES = flags.DEFINE_list("cases", ["vanilla", "pgd1", "pgd1-one", "pgd5"],
-                           "vanilla, or pgd<steps>, or pgd<steps>-one: one pass of all domains")
+                           "vanilla, fast (Fast AdvProp), pgd<steps> (AdvProp), or pgd<steps>-one "
+                           "(AdvProp, one pass of both domains)")
 _MALLOC = flags.DEFINE_bool("malloc", False, "leave malloc as it is")
 
 
@@ -50,8 +52,8 @@ def forward_in_one_pass(method, params, batch_stats, parts, dropout_key):
 
 def create(case: str):
   """A function that runs one step, and what its compiler knows: seconds, memory."""
-  scheme = SCHEMES["vanilla" if case == "vanilla" else "advprop"]
-  steps, _, one = (0, "", "") if case == "vanilla" else case.removeprefix("pgd").partition("-")
+  scheme = SCHEMES[{"vanilla": "vanilla", "fast": "fast_advprop"}.get(case, "advprop")]
+  steps, _, one = (1, "", "") if case in ("vanilla", "fast") else case[3:].partition("-")
   model = models.create_model(_NETWORK.value, 10, scheme.domains, dtype=_DTYPE.value,
                               axis_name=parallel.AXIS)
   optimizer = create_optimizer("rmsprop", lambda step: 1e-4, 1e-5, momentum=0.9, rms_decay=0.9,

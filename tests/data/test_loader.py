@@ -99,6 +99,30 @@ def test_the_batch_size_only_cuts_the_stream():
   assert_same(joined(take(training(batch_size=4), 6)), joined(take(training(batch_size=12), 2)))
 
 
+def test_a_second_view_is_its_own_and_leaves_the_first_as_it_is():
+  """Fails where the views of an image are one, or where the second one's draws move the first."""
+  second = {"second": training_transform(SIZE, "autoaugment", padding=2)}
+  both = joined(take(training(more_views=second), 5))
+  alone = joined(take(training(), 5))
+  assert set(both) == {"image", "label", "second"}
+  assert both["second"].shape == both["image"].shape
+  assert not np.array_equal(both["second"], both["image"])
+  assert_same({name: both[name] for name in alone}, alone)
+
+
+@pytest.mark.parametrize("augment", ["autoaugment", "randaugment"])
+def test_threads_and_processes_do_not_change_what_is_drawn(augment):
+  """Fails where a policy draws from anything but the generator of the image's place."""
+  def stream(**settings):
+    return training_batches(numbered(20), batch_size=8, seed=0, **settings,
+                            transform=training_transform(SIZE, augment, padding=2))
+
+  alone = joined(take(stream(num_threads=0), 6))
+  assert_same(alone, joined(take(stream(num_threads=3), 6)))
+  parts = [take(stream(process_index=i, process_count=2), 6) for i in range(2)]
+  assert_same(alone, joined([part[step] for step in range(6) for part in parts]))
+
+
 @pytest.mark.parametrize("taken", [0, 1, 5])
 @pytest.mark.parametrize("threads", [0, 2])
 def test_resuming_gives_what_was_to_follow(taken, threads):
