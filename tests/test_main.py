@@ -24,6 +24,8 @@ QUICKSTART = "--config=configs/quickstart.py"
     ([QUICKSTART, "--workdir=DIR", "--config.attack.num_steps=many"], ["num_steps=many", "int"]),
     ([QUICKSTART, "--workdir=DIR", "--config.attack.epsilon=-1"], ["config.attack.epsilon=-1"]),
     (["--config=configs/quickstart.py:scheme=advprob", "--workdir=DIR"],
+     ["'scheme=advprob'", "scheme=advprop|vanilla"]),
+    ([QUICKSTART, "--workdir=DIR", "--config.scheme=advprob"],
      ["config.scheme='advprob'", "did you mean 'advprop'"]),
     (["--config=configs/imagenet_efficientnet.py:b9", "--workdir=DIR"], ["b9", "b0"]),
     (["--config=configs/nothing.py", "--workdir=DIR"], ["configs/nothing.py"]),
@@ -34,6 +36,8 @@ QUICKSTART = "--config=configs/quickstart.py"
     ([QUICKSTART, "--workdir=DIR", "--config.data.name=folder", "--config.data.dir=DIR"],
      ["data.dir='DIR' does not exist", "train/CLASS/"]),
     ([QUICKSTART, "--workdir=DIR", "--config.data.test_split=dev"], ["dev", "test"]),
+    ([QUICKSTART, "--workdir=DIR", "--config.data.dir=DIR"], ["data.dir", "data.name"]),
+    ([QUICKSTART, "--workdir=DIR", "--config.attack.epsilon=inf"], ["config.attack.epsilon=inf"]),
     ([QUICKSTART, "--workdir=/dev/null/run"], ["--workdir=/dev/null/run", "can be written"]),
 ])
 def test_bad_input(flags, says, tmp_path):

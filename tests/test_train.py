@@ -139,7 +139,7 @@ def test_a_finished_run_is_only_evaluated_again(undisturbed):
   workdir, summary = undisturbed
   before = final_state(workdir)
   again = train.train(make_config(), str(workdir))
-  assert again["results"] == summary["results"]
+  assert again == {**summary, "evaluation_seconds": again["evaluation_seconds"]}
   assert_same_bits(before, final_state(workdir))
 
 
@@ -185,6 +185,28 @@ def test_a_workdir_of_another_config(undisturbed):
   assert str(workdir) in str(error.value)
 
 
+def test_a_checkpoint_of_another_config_is_not_gone_on_with(undisturbed, tmp_path):
+  """Fails where config.json alone is looked at, which may be lost."""
+  shutil.copytree(undisturbed[0], tmp_path / "run")
+  (tmp_path / "run" / "config.json").unlink()
+  with pytest.raises(InputError, match=r"attack.epsilon: 4.0 -> 2.0"):
+    train.train(make_config(attack__epsilon=2.0), str(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("text", ["[1]", '{"model": {"na', ""])
+def test_a_config_that_is_not_whole(tmp_path, text):
+  (tmp_path / "config.json").write_text(text)
+  for verb in (train.train, evaluate.evaluate):
+    with pytest.raises(InputError, match=r"config.json is not whole"):
+      verb(make_config(), str(tmp_path))
+
+
+def test_less_than_one_step_is_not_trained():
+  config = make_config(train__steps=None, train__epochs=0.01)
+  with pytest.raises(InputError, match=r"config.train.epochs=0.01: less than one step"):
+    create_experiment(config)
+
+
 def test_a_workdir_that_cannot_be_written(tmp_path):
   (tmp_path / "file").write_text("")
   with pytest.raises(InputError, match="workdir"):
@@ -205,9 +227,13 @@ def test_vanilla_has_no_auxiliary_result(tmp_path, capsys):
 
 
 def test_the_attack_of_the_evaluation_can_be_set(undisturbed):
+  """Fails where it takes the place of what the training measured at its end."""
   workdir, summary = undisturbed
+  written = (workdir / "summary.json").read_bytes()
   stronger = evaluate.evaluate(make_config(eval__epsilon=64.0, eval__num_steps=4,
                                            eval__step_size=32.0), str(workdir))
+  assert (workdir / "summary.json").read_bytes() == written
+  assert json.loads((workdir / "evaluation.json").read_text())["attack"]["epsilon"] == 64.0
   assert stronger["attack"]["epsilon"] == 64.0
   assert (stronger["results"][evaluate.MAIN]["loss"] > summary["results"][evaluate.MAIN]["loss"])
   assert stronger["results"][evaluate.CLEAN] == summary["results"][evaluate.CLEAN]
