@@ -6,7 +6,8 @@ import flax
 import jax
 import jax.numpy as jnp
 import optax
-from flax import linen as nn
+
+from advprop_jax.models.network import Network
 
 
 @flax.struct.dataclass
@@ -42,7 +43,7 @@ class TrainState:
     return self.ema or self.variables
 
 
-def create_train_state(model: nn.Module, optimizer: optax.GradientTransformation, seed: int,
+def create_train_state(model: Network, optimizer: optax.GradientTransformation, seed: int,
                        image_size: int, ema: bool) -> TrainState:
   """A fresh state.
 

@@ -13,7 +13,6 @@ from collections.abc import Collection
 import jax
 import jax.numpy as jnp
 import optax
-from flax import linen as nn
 
 from advprop_jax.method import attack as attacks
 from advprop_jax.method.attack import PIXEL, Attack
@@ -22,6 +21,7 @@ from advprop_jax.method.schemes import Part, Scheme
 from advprop_jax.method.state import TrainState, update_ema
 from advprop_jax.models.batch_norm import statistics_collection
 from advprop_jax.models.dropout import image_keys
+from advprop_jax.models.network import Network
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Method:
     accumulation: number of micro-batches, one after the other, that make one update.
   """
 
-  model: nn.Module
+  model: Network
   scheme: Scheme
   attack: Attack
   optimizer: optax.GradientTransformation
@@ -128,7 +128,7 @@ def make_parts(method: Method, attack: Attack, params: dict, batch_stats: dict, 
   return parts, batch_stats, gradients
 
 
-def attack_images(model: nn.Module, variables: dict, domain: str, attack: Attack,
+def attack_images(model: Network, variables: dict, domain: str, attack: Attack,
                   images: jax.Array, labels: jax.Array, keys: jax.Array,
                   dropout_key: jax.Array | None = None) -> jax.Array:
   """Adversarial images against the network with the batch norms of `domain`.
@@ -223,7 +223,7 @@ def forward(method: Method, params: dict, batch_stats: dict, parts: dict,
   return logits, batch_stats
 
 
-def passes(scheme: Scheme, model: nn.Module, parts: Collection[str]) -> dict[str, list[Part]]:
+def passes(scheme: Scheme, model: Network, parts: Collection[str]) -> dict[str, list[Part]]:
   """Which parts go through the network together: those that are normalised as one batch.
 
   Returns:

@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 
-import flax.linen as nn
 import jax.numpy as jnp
 
 from advprop_jax.errors import InputError
 from advprop_jax.models import efficientnet, resnet
+from advprop_jax.models.network import Network
 
 # name -> (network, its architecture, whose image_size and total_stride are public). A new family
 # of networks is one more line.
@@ -23,7 +23,7 @@ def create_model(name: str, num_classes: int = 1000, domains: Sequence[str] = ("
                  dtype="float32", share_statistics: bool = False, share_affine: bool = False,
                  axis_name: str | None = None, group_size: int = 1,
                  dropout_rate: float | None = None,
-                 drop_path_rate: float | None = None) -> nn.Module:
+                 drop_path_rate: float | None = None) -> Network:
   """A network by name, with a bank of batch norms in the place of each batch norm.
 
   Args:

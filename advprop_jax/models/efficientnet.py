@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from advprop_jax.models.batch_norm import BatchNorm
 from advprop_jax.models.convolution import Convolution, Depthwise, Pointwise
 from advprop_jax.models.dropout import Dropout
+from advprop_jax.models.network import Network
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,69 +204,29 @@ class Block(nn.Module):
     return inputs + self.drop(self.drop_rate, whole_image=True)(x, domains)
 
 
-class EfficientNet(nn.Module):
-  """An EfficientNet whose every batch norm is a bank.
+def _classifier_init(key, shape, dtype=jnp.float32):
+  """Uniform in +-1 / sqrt(classes). *Source:* tensorflow/tpu, dense_kernel_initializer."""
+  limit = 1 / math.sqrt(shape[1])
+  return jax.random.uniform(key, shape, dtype, -limit, limit)
 
-  Attributes:
-    architecture: which one.
-    num_classes: number of logits.
-    domains: names of the domains; the first is the main one.
-    dtype: type of the computation; parameters, statistics and logits are float32.
-    share_statistics: one mean and variance for all domains.
-    share_affine: one scale and bias for all domains.
-    axis_name: the pmapped axis; None outside of pmap.
-    group_size: neighbouring replicas whose batches are normalised as one.
-    dropout_rate: None for the architecture's own.
-    drop_path_rate: None for the architecture's own.
-  """
 
-  architecture: Architecture
-  num_classes: int = 1000
-  domains: tuple[str, ...] = ("clean",)
-  dtype: jnp.dtype = jnp.float32
-  share_statistics: bool = False
-  share_affine: bool = False
-  axis_name: str | None = None
-  group_size: int = 1
-  dropout_rate: float | None = None
-  drop_path_rate: float | None = None
+class EfficientNet(Network):
+  """An EfficientNet; `architecture` says which."""
 
-  @nn.compact
-  def __call__(self, images: jax.Array, domains: Sequence[str] | None = None,
-               train: bool = False) -> jax.Array:
-    """Classifies images.
+  norm_epsilon = 1e-3
+  classifier_init = staticmethod(_classifier_init)
 
-    Args:
-      images: (n, h, w, 3), in [-1, 1].
-      domains: whose images they are, in that order, in equal parts; None for the main one.
-      train: whether banks normalise by the statistics of this batch. Dropout and stochastic depth
-        do not depend on it: they are on where rngs={"dropout": key} is given.
-
-    Returns:
-      Logits, (n, num_classes), float32.
-
-    Raises:
-      ValueError: a domain that the model lacks or that is named twice, or parts that are not equal.
-    """
-    net, domains = self.architecture, tuple(domains or self.domains[:1])
-    norm = functools.partial(
-        BatchNorm, domains=self.domains, momentum=net.norm_momentum, epsilon=1e-3, dtype=self.dtype,
-        share_statistics=self.share_statistics, share_affine=self.share_affine,
-        axis_name=self.axis_name, group_size=self.group_size)
-    drop = functools.partial(Dropout, domains=self.domains, axis_name=self.axis_name)
-
+  def features(self, images, domains, train, norm, drop):
+    net, blocks = self.architecture, block_names(self.architecture)
     x = Convolution(net.stem, 3, net.stem_stride, self.dtype, name="stem")(images)
     x = net.activation(norm(name="stem_norm")(x, domains, train))
-    for name, stage, drop_rate in _blocks(net, self.drop_path_rate):
-      x = Block(stage, int(net.squeeze_excite * stage.inputs), drop_rate, norm, drop,
-                net.activation, self.dtype, name=name)(x, domains, train)
+    # Survival is 1 - rate * block / blocks: tensorflow/tpu, efficientnet_model.py, Model.call.
+    rates = self.drop_rates(range(len(blocks)), len(blocks))
+    for (name, _, _, stage), rate in zip(blocks, rates, strict=True):
+      x = Block(stage, int(net.squeeze_excite * stage.inputs), rate, norm, drop, net.activation,
+                self.dtype, name=name)(x, domains, train)
     x = Pointwise(net.head, dtype=self.dtype, name="head")(x)
-    x = net.activation(norm(name="head_norm")(x, domains, train))
-
-    x = jnp.mean(x.astype(jnp.float32), (1, 2))
-    rate = net.dropout_rate if self.dropout_rate is None else self.dropout_rate
-    x = drop(rate)(x, domains)
-    return nn.Dense(self.num_classes, kernel_init=_classifier_init, name="classifier")(x)
+    return net.activation(norm(name="head_norm")(x, domains, train))
 
 
 def block_names(architecture: Architecture) -> list[tuple[str, int, int, Stage]]:
@@ -276,19 +237,3 @@ def block_names(architecture: Architecture) -> list[tuple[str, int, int, Stage]]
     blocks += [(f"stage_{s + 1}_block_{b + 1}", s, b, later if b else stage)
                for b in range(stage.repeats)]
   return blocks
-
-
-def _blocks(net, drop_path_rate):
-  """(name, stage, drop rate) of each block.
-
-  *Source:* tensorflow/tpu, efficientnet_model.py, Model.call: survival 1 - rate * block / blocks.
-  """
-  rate = net.drop_path_rate if drop_path_rate is None else drop_path_rate
-  blocks = block_names(net)
-  return [(name, stage, rate * i / len(blocks)) for i, (name, _, _, stage) in enumerate(blocks)]
-
-
-def _classifier_init(key, shape, dtype=jnp.float32):
-  """Uniform in +-1 / sqrt(classes). *Source:* tensorflow/tpu, dense_kernel_initializer."""
-  limit = 1 / math.sqrt(shape[1])
-  return jax.random.uniform(key, shape, dtype, -limit, limit)

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from advprop_jax.models.batch_norm import BatchNorm
 from advprop_jax.models.convolution import Convolution, Pointwise
 from advprop_jax.models.dropout import Dropout
+from advprop_jax.models.network import Network
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,56 +112,15 @@ class Block(nn.Module):
             Pointwise(4 * self.channels, dtype=self.dtype, name="conv_3")]
 
 
-class ResNet(nn.Module):
-  """A ResNet whose every batch norm is a bank.
+class ResNet(Network):
+  """A ResNet; `architecture` says which."""
 
-  Attributes:
-    architecture: which one.
-    num_classes: number of logits.
-    domains: names of the domains; the first is the main one.
-    dtype: type of the computation; parameters, statistics and logits are float32.
-    share_statistics: one mean and variance for all domains.
-    share_affine: one scale and bias for all domains.
-    axis_name: the pmapped axis; None outside of pmap.
-    group_size: neighbouring replicas whose batches are normalised as one.
-    dropout_rate: None for the architecture's own.
-    drop_path_rate: None for the architecture's own.
-  """
+  norm_epsilon = 1e-5
+  # *Source:* tensorflow/tpu, models/official/resnet/resnet_model.py; Goyal et al., section 5.1.
+  classifier_init = staticmethod(nn.initializers.normal(0.01))
 
-  architecture: Architecture
-  num_classes: int = 1000
-  domains: tuple[str, ...] = ("clean",)
-  dtype: jnp.dtype = jnp.float32
-  share_statistics: bool = False
-  share_affine: bool = False
-  axis_name: str | None = None
-  group_size: int = 1
-  dropout_rate: float | None = None
-  drop_path_rate: float | None = None
-
-  @nn.compact
-  def __call__(self, images: jax.Array, domains: Sequence[str] | None = None,
-               train: bool = False) -> jax.Array:
-    """Classifies images.
-
-    Args:
-      images: (n, h, w, 3), in [-1, 1].
-      domains: whose images they are, in that order, in equal parts; None for the main one.
-      train: whether banks normalise by the statistics of this batch. Dropout and stochastic depth
-        do not depend on it: they are on where rngs={"dropout": key} is given.
-
-    Returns:
-      Logits, (n, num_classes), float32.
-
-    Raises:
-      ValueError: a domain that the model lacks or that is named twice, or parts that are not equal.
-    """
-    net, domains = self.architecture, tuple(domains or self.domains[:1])
-    norm = functools.partial(
-        BatchNorm, domains=self.domains, momentum=net.norm_momentum, epsilon=1e-5, dtype=self.dtype,
-        share_statistics=self.share_statistics, share_affine=self.share_affine,
-        axis_name=self.axis_name, group_size=self.group_size)
-    drop = functools.partial(Dropout, domains=self.domains, axis_name=self.axis_name)
+  def features(self, images, domains, train, norm, drop):
+    net, blocks = self.architecture, block_names(self.architecture)
     last_scale_init = nn.initializers.zeros if net.zero_init_residual else nn.initializers.ones
 
     size, stride = (3, 1) if net.small_images else (7, 2)
@@ -168,34 +128,16 @@ class ResNet(nn.Module):
     x = nn.relu(norm(name="stem_norm")(x, domains, train))
     if not net.small_images:
       x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
-    for name, channels, stride, drop_rate in _blocks(net, self.drop_path_rate):
-      x = Block(channels, stride, net.bottleneck, drop_rate, last_scale_init, norm, drop,
-                self.dtype, name=name)(x, domains, train)
-
-    x = jnp.mean(x.astype(jnp.float32), (1, 2))
-    rate = net.dropout_rate if self.dropout_rate is None else self.dropout_rate
-    x = drop(rate)(x, domains)
-    return nn.Dense(self.num_classes, kernel_init=_classifier_init, name="classifier")(x)
+    # Block l of L is dropped with probability rate * l / L. *Source:* Huang et al., ECCV 2016,
+    # equation 4. (An EfficientNet, as its source, counts from 0 and never reaches the rate.)
+    rates = self.drop_rates(range(1, len(blocks) + 1), len(blocks))
+    for (name, s, b), rate in zip(blocks, rates, strict=True):
+      x = Block(net.stem * 2 ** s, 2 if s > 0 and b == 0 else 1, net.bottleneck, rate,
+                last_scale_init, norm, drop, self.dtype, name=name)(x, domains, train)
+    return x
 
 
 def block_names(architecture: Architecture) -> list[tuple[str, int, int]]:
   """(name, stage's index, index within the stage) of each block, in order."""
   return [(f"stage_{s + 1}_block_{b + 1}", s, b)
           for s, repeats in enumerate(architecture.repeats) for b in range(repeats)]
-
-
-def _blocks(net, drop_path_rate):
-  """(name, channels, stride, drop rate) of each block.
-
-  *Source:* Huang et al., ECCV 2016, arXiv 1603.09382, equation 4: block l of L is dropped with
-  probability rate * l / L. (The project's EfficientNet, as its
-  source, counts from 0 and never reaches the rate.)
-  """
-  rate = net.drop_path_rate if drop_path_rate is None else drop_path_rate
-  blocks = block_names(net)
-  return [(name, net.stem * 2 ** s, 2 if s > 0 and b == 0 else 1, rate * i / len(blocks))
-          for i, (name, s, b) in enumerate(blocks, 1)]
-
-
-# *Source:* tensorflow/tpu, models/official/resnet/resnet_model.py; Goyal et al., section 5.1.
-_classifier_init = nn.initializers.normal(0.01)

@@ -9,7 +9,7 @@ import pytest
 
 from advprop_jax import models
 from advprop_jax.errors import InputError
-from advprop_jax.models import create_model, efficientnet
+from advprop_jax.models import create_model, efficientnet, network
 from tests import one_block
 
 # Trainable parameters with 1000 classes, measured on timm 1.0.31 (the published ones; the tiny
@@ -82,17 +82,17 @@ def test_stochastic_depth_grows_linearly_and_only_on_skips():
   """Fault: a rate on a block without a skip, which would drop the image's whole signal."""
   drops = []
 
-  class Spy(efficientnet.Dropout):
+  class Spy(network.Dropout):
     def __call__(self, x, domains):
       drops.append((self.path[0], self.rate))
       return x
 
-  model, original = create_model("efficientnet_b0"), efficientnet.Dropout
-  efficientnet.Dropout = Spy
+  model, original = create_model("efficientnet_b0"), network.Dropout
+  network.Dropout = Spy
   try:
     jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
   finally:
-    efficientnet.Dropout = original
+    network.Dropout = original
   blocks = efficientnet.block_names(model.architecture)
   expected = {name: 0.2 * i / 16 for i, (name, _, _, stage) in enumerate(blocks)
               if stage.stride == 1 and stage.inputs == stage.outputs}

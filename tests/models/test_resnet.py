@@ -13,7 +13,7 @@ import pytest
 from flax import traverse_util
 
 from advprop_jax import models
-from advprop_jax.models import create_model, resnet
+from advprop_jax.models import create_model, network, resnet
 from advprop_jax.models.batch_norm import BatchNorm, drop_auxiliary
 from advprop_jax.models.convolution import dense
 from advprop_jax.models.resnet import Architecture, ResNet
@@ -251,12 +251,12 @@ def test_stochastic_depth_grows_linearly_where_asked(monkeypatch, settings, rate
   """Huang et al., equation 4: block l of L has rate * l / L."""
   rates = []
 
-  class Spy(resnet.Dropout):
+  class Spy(network.Dropout):
     def __call__(self, x, domains):
       rates.append((self.path[0], self.rate, self.whole_image))
       return x
 
-  monkeypatch.setattr(resnet, "Dropout", Spy)
+  monkeypatch.setattr(network, "Dropout", Spy)
   model = create_model("resnet50", dropout_rate=0.3, **settings)
   jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
   names = [name for name, _, _ in resnet.block_names(model.architecture)]
