@@ -80,7 +80,7 @@ def attacked_domain(method: Method) -> str | None:
 
 
 def evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict:
-  """Evaluates a checkpoint of a run, prints the table, and writes summary.json and the picture.
+  """Evaluates a checkpoint of a run, prints the table, and writes it and the picture.
 
   Args:
     config: that of the run; `eval` may differ.
@@ -153,12 +153,9 @@ def conclude(experiment: Experiment, variables: dict, step: int, workdir: str,
 
 def results_table(summary: dict) -> str:
   """The results of a summary as a plain-text table."""
-  attack = summary["attack"]
-  strength = (f"{attack['name'].upper()}-{attack['num_steps']}, epsilon {attack['epsilon']:g}, "
-              f"step {attack['step_size']:g}")
-  rows = []
+  attack, rows = Attack(**summary["attack"]), []
   for name, result in summary["results"].items():
-    images = name if name == CLEAN else f"{name} ({strength})"
+    images = name if name == CLEAN else f"{name} ({attack})"
     rows.append([images, *([None] * 3 if result is None else
                            [f"{100 * result['top1']:.2f}", f"{result['loss']:.4f}",
                             result["images"]])])

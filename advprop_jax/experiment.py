@@ -72,6 +72,7 @@ def create_experiment(config: ml_collections.ConfigDict) -> Experiment:
   train_source = open_split(config.data, config.data.train_split)
   test_source = open_split(config.data, config.data.test_split)
   num_classes = train_source.num_classes
+  _check_classes(config, train_source.class_names, test_source.class_names)
   if config.attack.target != "none" and num_classes < 2:
     raise InputError(f"config.attack.target={config.attack.target!r}: there is no other label in "
                      f"data of {num_classes} class; give 'none'")
@@ -94,6 +95,17 @@ def create_experiment(config: ml_collections.ConfigDict) -> Experiment:
       method=create_method(config, scheme, num_classes, schedule, attack),
       schedule=schedule, eval_attack=evaluation_attack(config),
       steps_per_epoch=steps_per_epoch, total_steps=total_steps)
+
+
+def _check_classes(config, train_names, test_names):
+  """Raises an InputError if a label means another class in one of the splits than in the other."""
+  if train_names != test_names:
+    ours, theirs = (sources.listed(sorted(set(a) - set(b)))
+                    for a, b in ((train_names, test_names), (test_names, train_names)))
+    raise InputError(
+        f"config.data.test_split={config.data.test_split!r}: its classes are not those of "
+        f"{config.data.train_split!r} (there alone: {ours}; here alone: {theirs}); give splits of "
+        "the same classes")
 
 
 def open_split(data: ml_collections.ConfigDict, split: str) -> sources.Source:

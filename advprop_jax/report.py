@@ -56,9 +56,11 @@ def adversarial_picture(experiment: Experiment, variables: dict, domain: str | N
   through = [lines("main", "main: ")]
   if domain != main:
     through.append(lines("attacked", "auxiliary: "))
-  title = (f"{attack.name.upper()}-{attack.num_steps}, epsilon {attack.epsilon:g} of 255, step "
-           f"{attack.step_size:g}, through the {'main' if domain == main else 'auxiliary'} BN")
-  return panel(pixels, (adversarial + 1) / PIXEL, attack.epsilon, title, Captions(
+  title = f"{attack} of 255, through the {'main' if domain == main else 'auxiliary'} BN"
+  adversarial = (adversarial + 1) / PIXEL
+  bounded = attack.ball and attack.norm == "linf"
+  largest = attack.epsilon if bounded else float(np.abs(adversarial - pixels).max())
+  return panel(pixels, adversarial, largest, title, Captions(
       [[(names[label], INK) for label in labels], lines("clean", "main: ")], through))
 
 

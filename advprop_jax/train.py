@@ -167,23 +167,22 @@ def describe(experiment: Experiment, state: TrainState, workdir: str) -> str:
   config, attack = experiment.config, experiment.method.attack
   count = functools.partial(jax.tree.reduce, lambda total, x: total + x.size, initializer=0)
   main = count(drop_auxiliary(state.variables)["params"])
-  attacked = any(part.attacked for part in experiment.method.scheme.made)
+  scheme = experiment.method.scheme
+  attacked = any(part.attacked for part in scheme.made)
   rows = [
       ["network", f"{config.model.name}, {config.data.image_size} px, {config.model.dtype}"],
       ["parameters", f"{main:,}, and {count(state.params) - main:,} of auxiliary batch norms"],
-      ["scheme", f"{config.scheme}: " + " + ".join(
-          f"{part.weight:g} x L({part.name}; BN {part.domain})"
-          for part in experiment.method.scheme.made)],
-      ["attack", f"{attack.name}-{attack.num_steps}, {attack.norm}, epsilon {attack.epsilon:g}, "
-                 f"step {attack.step_size:g} (0-255), {attack.statistics} statistics"
-       if attacked else None],
+      ["scheme", f"{config.scheme}: {scheme}"],
+      ["attack", f"{attack} (0-255), {attack.statistics} statistics" if attacked else None],
       ["data", f"{config.data.name}: {len(experiment.train_source):,} train, "
                f"{len(experiment.test_source):,} test, {experiment.train_source.num_classes} "
                "classes"],
       ["optimizer", f"{config.optimizer.name}, learning rate {config.optimizer.learning_rate:g}, "
                     f"{config.optimizer.schedule}"],
       ["steps", f"{int(state.step):,} of {experiment.total_steps:,} done, {config.data.batch_size} "
-                f"images each, {experiment.steps_per_epoch:.1f} an epoch"],
+                f"images each, {experiment.steps_per_epoch:.1f} an epoch" + (
+                    f"; epochs of the config are divided by {scheme.budget:.3g}"
+                    if scheme.same_budget else "")],
       ["devices", f"{jax.device_count()} x {jax.devices()[0].device_kind}, "
                   f"{jax.process_count()} process(es)"],
       ["workdir", workdir],

@@ -1,4 +1,4 @@
-"""EfficientNet B0-B8 on ImageNet, the recipe of the paper: vanilla, AdvProp or another scheme.
+"""EfficientNet B0-B8 on ImageNet, the recipe of the paper: AdvProp, or vanilla.
 
   python -m advprop_jax.main --config=configs/imagenet_efficientnet.py:b0 --workdir=DIR \
       --config.data.dir=DIRECTORY_OF_TFDS_DATA

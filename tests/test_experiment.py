@@ -68,7 +68,7 @@ def eval_start(experiment):
 
 FINE_GRAINED = {"scheme": "fine_grained", "data.second_augment": "randaugment"}
 FAST = {"scheme": "fast_advprop", "attack.num_steps": 1, "attack.statistics": "batch",
-        "train.epochs": 12.0}
+        "attack.dropout": True, "train.epochs": 12.0}
 
 # field: (value, where it lands, what is there then, other settings that it needs)
 LANDS = {
@@ -105,6 +105,9 @@ LANDS = {
     "loss.weights.adversarial_second": (0.4, weights, {
         "clean": 1.0, "autoaugment": 1.0, "adversarial": 1.0, "adversarial_second": 0.4},
         FINE_GRAINED),
+    "loss.weights.adversarial_start": (
+        0.3, lambda e: e.method.scheme.weights,
+        {"clean": 1.0, "adversarial": 0.5, "adversarial_start": 0.3}, FAST),
     "train.epochs": (3.0, lambda e: e.total_steps, 15, {}),
     "train.steps": (11, lambda e: e.total_steps, 11, {}),
     "train.accumulation": (5, lambda e: e.method.accumulation, 5, {}),
@@ -252,8 +255,8 @@ def test_the_evaluation_can_have_another_attacker(name, fixed):
   """Fails where the attacker's own settings do not follow from its name, in training or at the end.
   """
   strength = Attack(name=name, epsilon=6.0, step_size=1.5, num_steps=20)
-  experiment = make_experiment({"eval.attack": name, "eval.epsilon": 6.0, "eval.step_size": 1.5,
-                                "eval.num_steps": 20})
+  free = {} if name == "fgsm" else {"eval.step_size": 1.5, "eval.num_steps": 20}
+  experiment = make_experiment({"eval.attack": name, "eval.epsilon": 6.0, **free})
   assert experiment.eval_attack == dataclasses.replace(strength, **fixed)
   experiment = make_experiment({"attack.name": name, "attack.epsilon": 6.0,
                                 "attack.step_size": 1.5, "attack.num_steps": 20,

@@ -85,7 +85,7 @@ def test_the_attack_goes_through_the_batch_norms_of_the_caption(monkeypatch, dom
   (clean, adversarial, epsilon, title, captions), = panels
   expected, labels, guesses = attacked_by_hand(attacked)
   assert f"through the {said} BN" in title
-  assert "PGD-3, epsilon 24 of 255, step 8" in title
+  assert "PGD-3, epsilon 24, step 8 of 255" in title
   assert epsilon == 24
   assert np.mean(np.abs(adversarial - expected) < 0.01) > 0.99
   assert np.mean(np.abs(adversarial - attacked_by_hand(other)[0]) < 0.01) < 0.8

@@ -37,7 +37,8 @@ class Attack:
       Neither is updated.
     target: "none" raises the loss of the true label; "random" lowers that of another label, drawn
       per image; "least_likely" that of the other label which the network finds least likely.
-    dropout: whether the attacked network has dropout and stochastic depth.
+    dropout: whether the attacked network has dropout and stochastic depth, with the masks of the
+      training pass in each of its steps.
     label_smoothing: of the attacked loss.
     ramp_steps: updates over which epsilon grows from 0, in proportion; 0: at once.
   """
@@ -54,6 +55,12 @@ class Attack:
   dropout: bool = False
   label_smoothing: float = 0.0
   ramp_steps: int = 0
+
+  def __str__(self) -> str:
+    """What it is in a few words, such as "PGD-5, epsilon 4, step 1"."""
+    norm = "L2 " if self.norm == "l2" else ""
+    ball = f"epsilon {self.epsilon:g}" if self.ball else "no ball"
+    return f"{norm}{self.name.upper()}-{self.num_steps}, {ball}, step {self.step_size:g}"
 
 
 # name -> what it fixes, given the other settings.

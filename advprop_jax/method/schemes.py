@@ -62,10 +62,27 @@ class Scheme:
     """The domains of the model's banks, the main one first."""
     return tuple(dict.fromkeys(part.domain for part in self.parts))
 
+  def __str__(self) -> str:
+    """The loss in one line."""
+    terms = []
+    for part in self.made:
+      terms.append(f"{part.weight:g} x L({part.name}; BN {part.domain})")
+      if part.start_weight:
+        terms.append(f"{part.start_weight:g} x L(its start)")
+      if self.pieces > 1:
+        terms[-1] += f" of {self.share(part):.0%} of the images"
+    return " + ".join(terms) + (", mean over images" if self.per_image else "")
+
   @property
   def made(self) -> tuple[Part, ...]:
     """The parts that have a weight."""
     return tuple(part for part in self.parts if part.weight)
+
+  @property
+  def weights(self) -> dict[str, float]:
+    """{name: weight} of every loss, those of the starts among them."""
+    starts = {f"{part.name}_start": part.start_weight for part in self.parts if part.start_weight}
+    return {part.name: part.weight for part in self.parts} | starts
 
   def share(self, part: Part) -> float:
     """How much of the mini-batch a part takes, in (0, 1]."""
@@ -81,12 +98,14 @@ class Scheme:
     return sum(self.share(part) * (1 + part.attacked) for part in self.made)
 
   def adjusted(self, weights: Mapping[str, float], one_in: int | None = None) -> "Scheme":
-    """The scheme with other weights {name of a part: weight} or, if it has pieces, other pieces.
+    """The scheme with other weights {name of a loss: weight} or, if it has pieces, other pieces.
 
-    Parts and pieces that are not given (None) stay as they are.
+    Weights and pieces that are not given (None) stay as they are.
     """
     given = {name: weight for name, weight in weights.items() if weight is not None}
-    parts = tuple(dataclasses.replace(part, weight=given.get(part.name, part.weight))
+    parts = tuple(dataclasses.replace(
+        part, weight=given.get(part.name, part.weight),
+        start_weight=part.start_weight and given.get(f"{part.name}_start", part.start_weight))
                   for part in self.parts)
     pieces = one_in if one_in and self.pieces > 1 else self.pieces
     return dataclasses.replace(self, parts=parts, pieces=pieces)
@@ -104,8 +123,8 @@ SCHEMES = {
     "joint": Scheme((_CLEAN, Part(ADVERSARIAL, CLEAN, attacked=True))),
     # Each through its own batch norms (Algorithm 1).
     "advprop": Scheme((_CLEAN, _AUXILIARY)),
-    # A third set of batch norms for strongly augmented images. What is attacked is
-    # the basic view; give adversarial_second a weight to attack the second one as well, and
+    # A third set of batch norms for strongly augmented images. What is attacked is the basic view;
+    # give adversarial_second a weight to attack the second one as well (from the same noise), and
     # adversarial the weight 0 to attack the second one alone.
     "fine_grained": Scheme((
         _CLEAN,

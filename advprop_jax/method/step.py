@@ -33,7 +33,7 @@ class Method:
     scheme: what a mini-batch becomes.
     attack: makes the adversarial parts.
     optimizer: the optax chain.
-    label_smoothing: of the loss, in training and in the attack.
+    label_smoothing: of the loss that trains.
     ema_decay: of the moving averages; unused where the state holds none.
     accumulation: number of micro-batches, one after the other, that make one update.
   """
@@ -73,7 +73,7 @@ def train_step(method: Method, state: TrainState, batch: dict) -> tuple[TrainSta
 
   def micro_step(batch_stats, micro_batch):
     batch, dropout_key = micro_batch
-    parts, batch_stats, gradients = make_parts(
+    parts, batch_stats, gradients, starts = make_parts(
         method, attack, state.params, batch_stats, batch, dropout_key)
 
     def loss_fn(params):
@@ -82,7 +82,7 @@ def train_step(method: Method, state: TrainState, batch: dict) -> tuple[TrainSta
                                              method.label_smoothing)) for name in parts}
       loss = sum(method.scheme.coefficient(part, part.weight) * losses[part.name]
                  for part in method.scheme.made)
-      return loss, (new_stats, step_metrics(loss, losses, logits, parts))
+      return loss, (new_stats, step_metrics(loss, losses, starts, logits, parts))
 
     gradient, (new_stats, metrics) = jax.grad(loss_fn, has_aux=True)(state.params)
     return new_stats, (functools.reduce(optax.tree.add, gradients, gradient), metrics)
@@ -97,7 +97,7 @@ def train_step(method: Method, state: TrainState, batch: dict) -> tuple[TrainSta
 
 
 def make_parts(method: Method, attack: Attack, params: dict, batch_stats: dict, batch: dict,
-               dropout_key: jax.Array) -> tuple[dict, dict, list]:
+               dropout_key: jax.Array) -> tuple[dict, dict, list, dict]:
   """The parts of a mini-batch, attacked where the scheme says so.
 
   Args:
@@ -109,23 +109,23 @@ def make_parts(method: Method, attack: Attack, params: dict, batch_stats: dict, 
     dropout_key: the same for all parts.
 
   Returns:
-    {part: {"image", "label", "key"}} for each part with a weight; batch_stats, and the gradients
-    of attacks that train. An attack that does not train leaves no trace: batch_stats are those
-    given, and there is no gradient.
+    {part: {"image", "label", "key"}} for each part with a weight; batch_stats; and of attacks that
+    train the gradients and {part: the weighted loss of its start, the loss}. An attack that does
+    not train leaves no trace: batch_stats are those given, and there is no gradient.
   """
-  parts, gradients = {}, []
+  parts, gradients, starts = {}, [], {}
   for part in method.scheme.made:
     own = {"image": batch[part.source], "label": batch["label"], "key": batch["key"]}
     own = {name: _deal(value, method.scheme.pieces, part.slots) for name, value in own.items()}
     if part.attacked and part.start_weight:
-      own["image"], batch_stats, gradient = attack_and_train(
+      own["image"], batch_stats, gradient, starts[part.name] = attack_and_train(
           method, attack, params, batch_stats, part, own, dropout_key)
       gradients.append(gradient)
     elif part.attacked:
       own["image"] = attack_images(method.model, {"params": params, **batch_stats}, part.domain,
                                    attack, own["image"], own["label"], own["key"], dropout_key)
     parts[part.name] = own
-  return parts, batch_stats, gradients
+  return parts, batch_stats, gradients, starts
 
 
 def attack_images(model: Network, variables: dict, domain: str, attack: Attack,
@@ -164,7 +164,7 @@ def attack_images(model: Network, variables: dict, domain: str, attack: Attack,
 
 
 def attack_and_train(method: Method, attack: Attack, params: dict, batch_stats: dict, part: Part,
-                     batch: dict, dropout_key: jax.Array) -> tuple[jax.Array, dict, dict]:
+                     batch: dict, dropout_key: jax.Array) -> tuple[jax.Array, dict, dict, tuple]:
   """One attack step whose pass trains too: one gradient, of the images and of the parameters.
 
   Args:
@@ -177,19 +177,21 @@ def attack_and_train(method: Method, attack: Attack, params: dict, batch_stats: 
     dropout_key: for dropout and stochastic depth.
 
   Returns:
-    Adversarial images, the collections with those of the part's domain moved, and the gradient.
+    Adversarial images, the collections with those of the part's domain moved, the gradient, and
+    the loss of the start, as weighted and as it is.
 
   *Source:* Mei et al., "Fast AdvProp", ICLR 2022; meijieru/fast_advprop, imagenet.py, train.
   """
   def loss_fn(params, images):
     parts = {part.name: {**batch, "image": images}}
     logits, moved = forward(method, params, batch_stats, parts, dropout_key)
-    losses = cross_entropy(logits[part.name], batch["label"], method.label_smoothing)
-    return method.scheme.coefficient(part, part.start_weight) * jnp.mean(losses), moved
+    loss = jnp.mean(cross_entropy(logits[part.name], batch["label"], method.label_smoothing))
+    weighted = method.scheme.coefficient(part, part.start_weight) * loss
+    return weighted, (moved, (weighted, loss))
 
   start = attacks.start(batch["image"], batch["key"], attack)
-  (gradient, ascent), moved = jax.grad(loss_fn, (0, 1), has_aux=True)(params, start)
-  return attacks.ascend(start, ascent, batch["image"], attack), moved, gradient
+  (gradient, ascent), (moved, losses) = jax.grad(loss_fn, (0, 1), has_aux=True)(params, start)
+  return attacks.ascend(start, ascent, batch["image"], attack), moved, gradient, losses
 
 
 def forward(method: Method, params: dict, batch_stats: dict, parts: dict,
@@ -240,16 +242,16 @@ def passes(scheme: Scheme, model: Network, parts: Collection[str]) -> dict[str, 
   return together
 
 
-def accumulate(micro_step, batch_stats: dict, batch: dict, dropout_key: jax.Array, pieces: int):
-  """Runs micro_step over the pieces of the batch, and averages what it gives beside the statistics.
+def accumulate(micro_step, batch_stats: dict, batch: dict, dropout_key: jax.Array, number: int):
+  """Runs micro_step over so many micro-batches, and averages what it gives beside the statistics.
 
-  Only one piece is in memory at a time. With one piece there is no loop: on the CPU the body of a
-  loop runs slower than the same code outside.
+  Only one is in memory at a time. With one there is no loop: on the CPU the body of a loop runs
+  slower than the same code outside.
   """
-  if pieces == 1:
+  if number == 1:
     return micro_step(batch_stats, (batch, dropout_key))
-  batch = jax.tree.map(lambda x: x.reshape(pieces, -1, *x.shape[1:]), batch)
-  inputs = (batch, jax.random.split(dropout_key, pieces))
+  batch = jax.tree.map(lambda x: x.reshape(number, -1, *x.shape[1:]), batch)
+  inputs = (batch, jax.random.split(dropout_key, number))
   batch_stats, results = jax.lax.scan(micro_step, batch_stats, inputs)
   return batch_stats, jax.tree.map(lambda x: jnp.mean(x, axis=0), results)
 
@@ -289,12 +291,14 @@ def eval_step(method: Method, variables: dict, batch: dict, *, domain: str,
   return sums if method.axis_name is None else jax.lax.psum(sums, method.axis_name)
 
 
-def step_metrics(loss: jax.Array, losses: dict, logits: dict, parts: dict) -> dict:
-  """Scalars of one step, in the training's own terms."""
+def step_metrics(loss: jax.Array, losses: dict, starts: dict, logits: dict, parts: dict) -> dict:
+  """Scalars of one step, in the training's own terms; the loss is that of all parts and starts."""
   accuracy = {
       f"accuracy/{name}": jnp.mean(jnp.argmax(logits[name], axis=-1) == parts[name]["label"])
       for name in parts}
-  return {"loss": loss, **{f"loss/{name}": losses[name] for name in losses}, **accuracy}
+  return {"loss": loss + sum(weighted for weighted, _ in starts.values()),
+          **{f"loss/{name}": losses[name] for name in losses},
+          **{f"loss/{name}_start": loss for name, (_, loss) in starts.items()}, **accuracy}
 
 
 def mean_over_devices(tree, axis_name: str | None):

@@ -18,4 +18,5 @@ def get_config(variant: str = ""):
   chosen = choose(variant, CHOICES)
   config = imagenet_efficientnet.get_config(chosen["size"])
   config.attack.name = chosen["attack"]
+  config.eval.attack = "pgd"  # one for all to be measured with
   return config

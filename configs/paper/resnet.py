@@ -5,8 +5,9 @@
 
 Hardware: a TPU pod slice. Published top-1, vanilla -> AdvProp: 50 76.7 -> 77.4, 101 78.3 -> 79.2,
 152 79.0 -> 79.8, 200 79.3 -> 80.1 (from memory of the paper). Here: not run. The paper's recipe for
-ResNets is not at hand: this one is that of Goyal et al. (arXiv 1706.02677), 105 epochs with a
-cosine, and the attacker is the paper's for large EfficientNets.
+ResNets is not at hand. This one has the batch rule and the warm-up of Goyal et al. (arXiv
+1706.02677), 105 epochs, a cosine, the label smoothing, moving averages and bfloat16 of the
+EfficientNets here, a padded crop in the place of the random-resized one, and their attacker.
 """
 
 from advprop_jax.runtime.config import default_config

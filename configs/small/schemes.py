@@ -46,6 +46,6 @@ def get_config(variant: str = ""):
   if config.scheme == "fine_grained":
     config.data.second_augment = "autoaugment"
   if config.scheme == "fast_advprop":
-    config.attack.statistics = "batch"
+    config.attack.statistics, config.attack.dropout = "batch", True  # its pass trains too
     config.data.batch_size = 65  # four clean images for each adversarial one
   return config

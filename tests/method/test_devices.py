@@ -19,16 +19,19 @@ from advprop_jax.method.step import Method, eval_step, train_step
 from advprop_jax.runtime import parallel
 from tests import one_block
 
-rng = np.random.default_rng(0)
-image = rng.integers(0, 256, (8, 28, 28, 3), np.uint8)
-image[4:] //= 2   # so that the halves have other statistics
-batch = {"image": image, "label": np.arange(8, dtype=np.int32)}
+def make_batch(n):
+  rng = np.random.default_rng(0)
+  image = rng.integers(0, 256, (n, 28, 28, 3), np.uint8)
+  image[n // 2:] //= 2   # so that the halves have other statistics
+  return {"image": image, "second_image": image[:, ::-1].copy(),
+          "label": (np.arange(n) % 10).astype(np.int32)}
 
-def run(devices, group_size, rates):
-  scheme = SCHEMES["advprop"]
+def run(devices, group_size, rates, name="advprop", n=8):
+  scheme, batch = SCHEMES[name], make_batch(n)
   model = one_block.create(domains=scheme.domains, axis_name=parallel.AXIS, group_size=group_size,
                            dropout_rate=rates, drop_path_rate=rates)
-  method = Method(model, scheme, Attack(num_steps=2, statistics="batch"), optax.sgd(0.1))
+  method = Method(model, scheme, Attack(num_steps=2, statistics="batch", clean_start=0.5),
+                  optax.sgd(0.1))
   state = create_train_state(model, method.optimizer, 0, 28, False)
   sharded = {k: v.reshape(devices, -1, *v.shape[1:]) for k, v in batch.items()}
   pmap = functools.partial(parallel.pmap, devices=jax.devices()[:devices])
@@ -36,7 +39,7 @@ def run(devices, group_size, rates):
   shape = sharded["label"].shape
   sums = pmap(functools.partial(eval_step, method, domain="clean", attack=Attack(num_steps=1)))(
       new_state.variables, {**sharded, "mask": np.ones(shape, bool),
-                            "index": np.arange(8, dtype=np.int32).reshape(shape)})
+                            "index": np.arange(n, dtype=np.int32).reshape(shape)})
   flat = lambda tree: np.asarray(ravel_pytree(jax.tree.map(np.asarray, tree))[0]).tolist()
   gradient = jax.tree.map(lambda a, b: (a - b) / 0.1, state.params, new_state.params)
   return {"gradient": flat(gradient), "stats": flat(new_state.batch_stats),
@@ -46,6 +49,9 @@ def run(devices, group_size, rates):
 print(json.dumps({
     "synced": [run(n, n, 0.0) for n in (1, 2, 4)],
     "dropout": [run(n, n, 0.3) for n in (1, 4)],
+    "joint": [run(n, n, 0.3, "joint") for n in (1, 2)],
+    "fine_grained": [run(n, n, 0.3, "fine_grained") for n in (1, 2)],
+    "fast_advprop": [run(n, n, 0.3, "fast_advprop", 20) for n in (1, 2)],
     "groups": run(4, 2, 0.0), "local": run(2, 1, 0.0)}))
 """
 
@@ -66,7 +72,7 @@ def close(a, b, part):
 
 
 @pytest.mark.parametrize("part", ["gradient", "stats", "metrics", "sums"])
-@pytest.mark.parametrize("run", ["synced", "dropout"])
+@pytest.mark.parametrize("run", ["synced", "dropout", "joint", "fine_grained", "fast_advprop"])
 def test_the_number_of_devices_changes_nothing(results, run, part):
   """With statistics over all replicas: attack, dropout, gradients, statistics and sums.
 

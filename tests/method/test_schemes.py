@@ -22,7 +22,7 @@ from advprop_jax.method.step import Method, attack_images, forward, to_model_uni
 from advprop_jax.models.batch_norm import domains_of_params
 from advprop_jax.models.dropout import image_keys
 from advprop_jax.runtime.config import default_config
-from tests import one_block
+from tests import class_folders, one_block
 
 RATE = 0.5  # the optimizer is plain SGD, so that parameters show the gradient: (old - new) / RATE
 
@@ -97,7 +97,7 @@ def test_domains_parts_and_attacks(name):
 @pytest.mark.parametrize("name", TABLE)
 def test_what_a_step_changes(name):
   """Every collection of its domains, and every parameter; there are no others."""
-  domains, losses, _ = TABLE[name]
+  domains, _, _ = TABLE[name]
   _, state, new_state, metrics = one_step(name)
   collections = {"batch_stats" + ("" if i == 0 else f"_{d}") for i, d in enumerate(domains)}
   assert set(state.batch_stats) == collections
@@ -109,7 +109,8 @@ def test_what_a_step_changes(name):
   assert all(moved.values()), moved
   owners = set(jax.tree.leaves(domains_of_params(state.params, domains)))
   assert owners == ({""} if len(domains) == 1 else {"", *domains})
-  assert {key for key in metrics if key.startswith("loss/")} == {f"loss/{name}" for name in losses}
+  assert {key for key in metrics if key.startswith("loss/")} == {
+      f"loss/{of}" for of, weight in SCHEMES[name].weights.items() if weight}
 
 
 @pytest.mark.parametrize("name", TABLE)
@@ -140,7 +141,7 @@ def test_an_epoch_on_the_bundled_data_lowers_every_loss(name, tmp_path):
   if name == "fine_grained":
     config.data.second_augment = "autoaugment"
   if name == "fast_advprop":
-    config.attack.statistics = "batch"
+    config.attack.statistics, config.attack.dropout = "batch", True
   records = []
   with pytest.MonkeyPatch.context() as patch:
     real = train.require_finite
@@ -258,6 +259,10 @@ def test_weights_are_by_part():
   assert [part.weight for part in SCHEMES["advprop"].parts] == [1.0, 1.0]
 
 
+FAST = {"scheme": "fast_advprop", "attack.num_steps": 1, "attack.statistics": "batch",
+        "attack.dropout": True, "data.batch_size": 60}
+
+
 @pytest.mark.parametrize(("changes", "says"), [
     ({"scheme": "fine_grained"}, "config.data.second_augment=None"),
     ({"data.second_augment": "autoaugment"}, "config.data.second_augment='autoaugment'"),
@@ -267,13 +272,26 @@ def test_weights_are_by_part():
     ({"attack.one_in": 4}, "config.attack.one_in=4"),
     ({"scheme": "vanilla", "loss.weights.adversarial": 1.0}, "config.loss.weights.adversarial=1"),
     ({"loss.weights.clean": 0.0}, "config.loss.weights"),
-    ({"scheme": "fast_advprop", "attack.num_steps": 1, "attack.statistics": "batch",
-      "data.batch_size": 64}, "60 or 65 would do"),
-    ({"scheme": "fast_advprop", "attack.num_steps": 1, "attack.statistics": "batch",
-      "data.batch_size": 60, "model.share_statistics": True}, "config.model.share_statistics"),
+    ({**FAST, "attack.dropout": False}, "config.attack.dropout=False"),
+    ({**FAST, "attack.label_smoothing": 0.5}, "config.attack.label_smoothing=0.5"),
+    ({**FAST, "data.batch_size": 64}, "60 or 65 would do"),
+    ({**FAST, "model.share_statistics": True}, "config.model.share_statistics"),
+    ({**FAST, "loss.weights.adversarial": 0.0}, "deals its images out"),
+    ({"loss.weights.adversarial_start": 0.5}, "config.loss.weights.adversarial_start=0.5"),
+    ({"scheme": "joint", "model.share_affine": True}, "config.model.share_affine"),
+    ({"scheme": "fine_grained", "data.second_augment": "crop_flip"}, "autoaugment, randaugment"),
+    ({"attack.norm": "l2", "eval.attack": "gd"}, "config.attack.norm='l2'"),
+    ({"attack.name": "ifgsm", "attack.clean_start": 0.5}, "config.attack.clean_start=0.5"),
+    ({"attack.name": "gd", "attack.ramp_epochs": 1.0}, "config.attack.ramp_epochs"),
+    ({"eval.attack": "fgsm", "eval.num_steps": 3}, "config.eval.num_steps=3"),
+    ({"data.name": "folder", "data.train_split": "training"}, "its classes are not those of"),
 ])
-def test_settings_that_do_not_fit_the_scheme(changes, says):
+def test_settings_that_do_not_fit_the_scheme(changes, says, tmp_path):
   config = default_config()
+  if "data.name" in changes:
+    changes = {**changes, "data.dir": str(tmp_path)}
+    for path in ("training/a/0.png", "training/b/0.png", "test/b/0.png", "test/c/0.png"):
+      class_folders.save(tmp_path / path)
   with config.unlocked():
     config.update_from_flattened_dict(changes)
   with pytest.raises(InputError) as error:
