@@ -299,6 +299,17 @@ def test_settings_that_do_not_fit_the_scheme(changes, says, tmp_path):
   assert says in str(error.value)
 
 
+@pytest.mark.parametrize("target", ["random", "least_likely"])
+def test_another_label_needs_a_second_class(target, tmp_path):
+  for split in ("train", "test"):
+    class_folders.save(tmp_path / split / "only" / "0.png")
+  config = default_config()
+  config.data.name, config.data.dir = "folder", str(tmp_path)
+  config.attack.target = target
+  with pytest.raises(InputError, match=f"config.attack.target='{target}'"):
+    train.create_experiment(config)
+
+
 @pytest.mark.parametrize("share", ["share_statistics", "share_affine"])
 def test_the_two_ablations_of_the_bank(share):
   """Shared statistics with separate scale and bias, and the other way round, train."""
