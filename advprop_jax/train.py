@@ -60,7 +60,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
     state = fit(experiment, state, batches, checkpoints, writer, progress, evaluators[CLEAN])
   training = {"images_per_second": progress.images_per_second(), "start_step": start}
   if start == experiment.total_steps:  # no step was made; what is known of those that were stays
-    training = read_json(os.path.join(workdir, "summary.json")).get("training", training)
+    training = read_json(os.path.join(workdir, "summary.json")).get("training") or training
   return conclude(experiment, state.evaluation_variables, experiment.total_steps, workdir,
                   evaluators, training)
 
