@@ -9,18 +9,26 @@ from collections.abc import Callable
 import jax
 import ml_collections
 
-from advprop_jax import report
+from advprop_jax import predict, report
 from advprop_jax.data import loader, sources, transforms
 from advprop_jax.errors import InputError
-from advprop_jax.experiment import Experiment, create_experiment, fresh_state
+from advprop_jax.experiment import (
+  LATER,
+  Experiment,
+  create_experiment,
+  fresh_state,
+  initial_state,
+  read_config,
+  refuse_other_config,
+)
 from advprop_jax.method.attack import Attack
+from advprop_jax.method.state import TrainState
 from advprop_jax.method.step import Method, eval_step
 from advprop_jax.runtime import parallel
 from advprop_jax.runtime.checkpoint import Checkpoints
-from advprop_jax.runtime.config import differences
-from advprop_jax.runtime.metrics import read_json, table, write_json
+from advprop_jax.runtime.metrics import table, write_json
+from advprop_jax.trained import BEST_METRIC, NOTHING, has_checkpoints
 
-BEST_METRIC = "clean_top1"
 CLEAN = "clean"
 MAIN, AUXILIARY = "adversarial, main BN", "adversarial, auxiliary BN"
 
@@ -33,19 +41,19 @@ class Evaluator:
     step: (variables, sharded batch) -> sums, pmapped.
     source: the records to be counted, each once.
     batch_size: over all devices.
-    image_size: pixels.
+    transform: of its images.
   """
 
   step: Callable
   source: sources.Source
   batch_size: int
-  image_size: int
+  transform: transforms.EvaluationTransform
 
   def __call__(self, variables: dict) -> dict[str, float]:
     """{"top1" in [0, 1], "loss" in nats, "images"} of a model's variables."""
     batches = loader.evaluation_batches(
         self.source, batch_size=self.batch_size,
-        transform=transforms.evaluation_transform(self.image_size),
+        transform=self.transform,
         process_index=jax.process_index(), process_count=jax.process_count())
     sums = [self._step(variables, batch) for batch in batches]
     total = {name: float(sum(each[name] for each in sums)) for name in ("count", "correct", "loss")}
@@ -65,7 +73,7 @@ def create_evaluators(experiment: Experiment) -> dict[str, Evaluator | None]:
   def evaluator(domain: str, attack: Attack | None) -> Evaluator:
     step = functools.partial(eval_step, method, domain=domain, attack=attack)
     return Evaluator(parallel.pmap(step), experiment.test_source, config.eval.batch_size,
-                     config.data.image_size)
+                     experiment.evaluation_transform)
 
   auxiliary = attacked_domain(method)
   return {CLEAN: evaluator(method.scheme.domains[0], None),
@@ -80,10 +88,13 @@ def attacked_domain(method: Method) -> str | None:
 
 
 def evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict:
-  """Evaluates a checkpoint of a run, prints the table, and writes it and the picture.
+  """Evaluates a run, or published weights, prints the table, and writes it and the picture.
+
+  With config.eval.photographs it says instead what these show.
 
   Args:
-    config: that of the run; `eval` may differ.
+    config: that of the run; `eval` may differ. Where no run has begun in workdir, weights are those
+      of config.model.pretrained.
     workdir: where the run is.
 
   Returns:
@@ -92,10 +103,33 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict:
   Raises:
     InputError: bad config or data, or no checkpoint there that is whole.
   """
-  experiment = create_experiment(config)
+  if config.get("eval") and config.eval.get("photographs") is not None:
+    return predict.predict(config, workdir)
+  experiment = create_experiment(config, workdir)
+  if not has_checkpoints(workdir) and experiment.config.model.pretrained is not None:
+    state, step = published_state(experiment), 0
+    os.makedirs(workdir, exist_ok=True)
+  else:
+    state, step = trained_state(experiment, workdir)
+  evaluators = create_evaluators(experiment)
+  return conclude(experiment, state.evaluation_variables, step, workdir, evaluators)
+
+
+def published_state(experiment: Experiment) -> TrainState:
+  """The state that training would start from; an InputError if it does not know the classes."""
+  state, weights = initial_state(experiment)
+  if not weights.keeps_classifier:
+    raise InputError(
+        f"config.model.pretrained={experiment.config.model.pretrained!r}: {weights}; train first, "
+        "or evaluate on data of its own classes")
+  return state
+
+
+def trained_state(experiment: Experiment, workdir: str) -> tuple[TrainState, int]:
+  """The state of a run's newest or best checkpoint, and its step."""
   config, abstract = experiment.config, jax.eval_shape(lambda: fresh_state(experiment))
   if os.path.exists(os.path.join(workdir, "config.json")):
-    refuse_other_config(config, read_config(workdir), workdir, ignored=("eval", "checkpoint"))
+    refuse_other_config(config, read_config(workdir), workdir, ignored=LATER)
   with Checkpoints(os.path.join(workdir, "checkpoints"), write=False,
                    best_metric=BEST_METRIC) as checkpoints:
     if config.eval.checkpoint == "best":
@@ -103,12 +137,9 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict:
     else:
       restored = checkpoints.restore_latest(abstract)
   if restored is None:
-    raise InputError(f"--workdir={workdir}: there is no checkpoint in it; train first, with "
-                     "--mode=train")
-  refuse_other_config(config, restored.config, workdir, ignored=("eval", "checkpoint"))
-  evaluators = create_evaluators(experiment)
-  return conclude(experiment, restored.state.evaluation_variables, restored.step, workdir,
-                  evaluators)
+    raise InputError(f"--workdir={workdir}: {NOTHING}")
+  refuse_other_config(config, restored.config, workdir, ignored=LATER)
+  return restored.state, restored.step
 
 
 def conclude(experiment: Experiment, variables: dict, step: int, workdir: str,
@@ -136,7 +167,7 @@ def conclude(experiment: Experiment, variables: dict, step: int, workdir: str,
   config, attack = experiment.config, experiment.eval_attack
   summary = {
       "scheme": config.scheme, "network": config.model.name, "seed": config.seed, "step": step,
-      "weights": "moving averages" if config.train.ema_decay > 0 else "as trained",
+      "weights": weights_of(config, step),
       "attack": dataclasses.asdict(attack), "results": results, "training": training,
       "evaluation_seconds": round(seconds, 2), "devices": jax.device_count(),
       "device_kind": jax.devices()[0].device_kind}
@@ -151,6 +182,13 @@ def conclude(experiment: Experiment, variables: dict, step: int, workdir: str,
   return summary
 
 
+def weights_of(config: ml_collections.ConfigDict, step: int) -> str:
+  """Which weights are evaluated after so many updates, for people to read."""
+  if not step and config.model.pretrained is not None:
+    return config.model.pretrained
+  return "moving averages" if config.train.ema_decay > 0 else "as trained"
+
+
 def results_table(summary: dict) -> str:
   """The results of a summary as a plain-text table."""
   attack, rows = Attack(**summary["attack"]), []
@@ -160,27 +198,3 @@ def results_table(summary: dict) -> str:
                            [f"{100 * result['top1']:.2f}", f"{result['loss']:.4f}",
                             result["images"]])])
   return table(rows, ["test images", "top-1 %", "loss", "images"])
-
-
-def read_config(workdir: str) -> dict:
-  """The config that a workdir's run was started with.
-
-  Raises:
-    InputError: its config.json is not whole.
-  """
-  saved = read_json(os.path.join(workdir, "config.json"))
-  if not saved:
-    raise InputError(f"--workdir={workdir}: its config.json is not whole; delete that file, and "
-                     "what the checkpoints say will be taken")
-  return saved
-
-
-def refuse_other_config(config: ml_collections.ConfigDict, saved: dict, workdir: str,
-                        ignored: tuple[str, ...] = ()) -> None:
-  """Raises an InputError if a workdir holds a run of another config, and says what differs."""
-  differing = differences(config.to_dict(), saved, ignored)
-  if differing:
-    more = f" and {len(differing) - 10} more" if len(differing) > 10 else ""
-    raise InputError(
-        f"--workdir={workdir}: holds a run of another config; take another workdir, or set back "
-        f"{', '.join(differing[:10])}{more} (saved -> given)")

@@ -1,20 +1,38 @@
 """From a config to what a run is made of: data, network, method. Every verb starts here."""
 
 import dataclasses
+import functools
+import os
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 
-from advprop_jax import models
+from advprop_jax import models, trained
 from advprop_jax.data import folder, sources
+from advprop_jax.data.transforms import (
+  EvaluationTransform,
+  evaluation_transform,
+  published_crop,
+)
 from advprop_jax.errors import InputError
 from advprop_jax.method import optimizer
 from advprop_jax.method.attack import Attack, create_attack
 from advprop_jax.method.schemes import Scheme
 from advprop_jax.method.state import TrainState, create_train_state
 from advprop_jax.method.step import Method
-from advprop_jax.runtime.config import create_scheme, duration, validate
-from advprop_jax.runtime.parallel import AXIS
+from advprop_jax.models import weights
+from advprop_jax.runtime import parallel
+from advprop_jax.runtime.config import (
+  create_network,
+  create_scheme,
+  differences,
+  duration,
+  validate,
+)
+from advprop_jax.runtime.metrics import read_json
+
+LATER = ("eval", "export", "checkpoint")   # sections of a config that may change during a run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +59,11 @@ class Experiment:
   steps_per_epoch: float
   total_steps: int
 
+  @property
+  def evaluation_transform(self) -> EvaluationTransform:
+    """What a test image goes through."""
+    return evaluation_transform(self.config.data.image_size, self.config.data.crop_fraction)
+
   def every(self, section: str) -> float:
     """Steps between two of `eval` or `checkpoint`, not always whole; 0: at the end alone."""
     settings = self.config[section]
@@ -55,11 +78,12 @@ class Experiment:
     return step // every > (step - 1) // every
 
 
-def create_experiment(config: ml_collections.ConfigDict) -> Experiment:
+def create_experiment(config: ml_collections.ConfigDict, workdir: str | None = None) -> Experiment:
   """Opens the data and builds the method of a config.
 
   Args:
     config: from `runtime.config.default_config()`, changed at will.
+    workdir: of the run; None for none.
 
   Returns:
     The experiment; nothing has been computed yet.
@@ -67,8 +91,7 @@ def create_experiment(config: ml_collections.ConfigDict) -> Experiment:
   Raises:
     InputError: a config or data that cannot work.
   """
-  config = resolve(config)
-  validate(config, jax.device_count())
+  config = resolve(config, workdir)
   train_source = open_split(config.data, config.data.train_split)
   test_source = open_split(config.data, config.data.test_split)
   num_classes = train_source.num_classes
@@ -122,33 +145,112 @@ def fresh_state(experiment: Experiment) -> TrainState:
                             ema=config.train.ema_decay > 0)
 
 
-def resolve(config: ml_collections.ConfigDict) -> ml_collections.FrozenConfigDict:
-  """A frozen config in which what depends on the network is set."""
-  config = ml_collections.ConfigDict(config)
-  if config.get("data") and config.data.get("image_size") is None and (
-      config.model.name.removeprefix("tf_") in models.NAMES):
-    config.data.image_size = models.image_size(config.model.name)
+@dataclasses.dataclass(frozen=True)
+class Origin:
+  """Where the weights of an initial state are from; its text says so.
+
+  Attributes:
+    network: the pretrained network; None for fresh weights.
+    keeps_classifier: whether its classifier is in use.
+  """
+
+  network: trained.TrainedNetwork | None
+  keeps_classifier: bool
+
+  def __str__(self) -> str:
+    if self.network is None:
+      return "fresh"
+    return self.network.source + ("" if self.keeps_classifier else (
+        f"; its classifier, of {self.network.num_classes} other classes, is left out: that of the "
+        "data's classes starts fresh, at zero"))
+
+
+def initial_state(experiment: Experiment) -> tuple[TrainState, Origin]:
+  """The state that training starts from, and where its weights are from.
+
+  Raises:
+    InputError: config.model.pretrained cannot be read, or is of another network.
+  """
+  config = experiment.config
+  state = parallel.run_once(functools.partial(fresh_state, experiment))
+  if config.model.pretrained is None:
+    return state, Origin(None, False)
+  network = trained.read(config.model.pretrained, config.model.name)
+  same_names = network.class_names in (None, experiment.train_source.class_names)
+  variables, kept = weights.fitted(network.variables, jax.device_get(state.variables), same_names)
+  variables = jax.tree.map(jnp.asarray, variables)
+  batch_stats = {name: value for name, value in variables.items() if name != "params"}
+  # Buffers of its own for the averages, or a step could not donate the state.
+  ema = jax.tree.map(jnp.array, variables) if state.ema else {}
+  return (state.replace(params=variables["params"], batch_stats=batch_stats, ema=ema),
+          Origin(network, kept))
+
+
+def resolve(config: ml_collections.ConfigDict,
+            workdir: str | None = None) -> ml_collections.FrozenConfigDict:
+  """A valid frozen config in which what depends on the network and its weights is set.
+
+  Raises:
+    InputError: the config cannot work, or its pretrained weights cannot be read.
+  """
+  config = ml_collections.ConfigDict(config).copy_and_resolve_references()
+  if config.get("model") and config.get("data") and (
+      str(config.model.get("name")).removeprefix("tf_") in models.NAMES):
+    size = models.image_size(config.model.name)
+    if config.data.get("image_size") is None:
+      config.data.image_size = size
+    if config.data.get("crop_fraction") is None:
+      config.data.crop_fraction = published_crop(size)
+  validate(config, jax.device_count())
+  if config.model.input_convention is None:
+    config.model.input_convention = _input_convention(config, workdir)
   return ml_collections.FrozenConfigDict(config)
+
+
+def open_network(config: ml_collections.ConfigDict, workdir: str) -> trained.TrainedNetwork:
+  """What a run has trained, or what `config.model.pretrained` names where no run has begun.
+
+  Args:
+    config: that of the run; LATER sections may differ.
+    workdir: of the run. Its data is not needed.
+
+  Raises:
+    InputError: bad config, or neither is there or can be read.
+  """
+  config = resolve(config, workdir)
+  if trained.has_checkpoints(workdir):
+    refuse_other_config(config, read_config(workdir), workdir, ignored=LATER)
+    return trained.read_run(workdir, config.eval.checkpoint, config.export.weights)
+  if config.model.pretrained is None:
+    raise InputError(f"--workdir={workdir}: {trained.NOTHING}")
+  network = trained.read(config.model.pretrained, config.model.name)
+  return dataclasses.replace(network, input_convention=config.model.input_convention,
+                             dtype=config.model.dtype)
+
+
+def _input_convention(config, workdir):
+  """As the run has it that has begun; else as the weights have it that it is to begin with."""
+  if config.model.pretrained is None:
+    return "inception"
+  run = read_json(os.path.join(workdir, "config.json")).get("model", {}) if workdir else {}
+  if run.get("pretrained") == config.model.pretrained and run.get("input_convention"):
+    return run["input_convention"]
+  return trained.read(config.model.pretrained, config.model.name).convention
 
 
 def create_method(config: ml_collections.ConfigDict, scheme: Scheme, num_classes: int,
                   schedule: optimizer.Schedule, attack: Attack) -> Method:
   """The method of a validated config."""
-  bank = config.model
-  model = models.create_model(
-      bank.name, num_classes, scheme.domains, dtype=bank.dtype,
-      share_statistics=bank.share_statistics, share_affine=bank.share_affine, axis_name=AXIS,
-      group_size=bank.bn_group_size, dropout_rate=bank.dropout_rate,
-      drop_path_rate=bank.drop_path_rate)
   settings = config.optimizer
   return Method(
-      model=model, scheme=scheme, attack=attack,
+      model=create_network(config, num_classes), scheme=scheme, attack=attack,
       optimizer=optimizer.create_optimizer(
           settings.name, schedule, settings.weight_decay, settings.weight_decay_form,
-          settings.decay_batch_norm, momentum=settings.momentum, nesterov=settings.nesterov,
-          rms_decay=settings.rms_decay, epsilon=settings.epsilon, b1=settings.b1, b2=settings.b2),
+          settings.decay_batch_norm, settings.trainable, momentum=settings.momentum,
+          nesterov=settings.nesterov, rms_decay=settings.rms_decay, epsilon=settings.epsilon,
+          b1=settings.b1, b2=settings.b2),
       label_smoothing=config.loss.label_smoothing, ema_decay=config.train.ema_decay,
-      accumulation=config.train.accumulation)
+      accumulation=config.train.accumulation, trainable=settings.trainable)
 
 
 def training_attack(config: ml_collections.ConfigDict, steps_per_epoch: float) -> Attack:
@@ -172,3 +274,27 @@ def evaluation_attack(config: ml_collections.ConfigDict) -> Attack:
 def _set_by_name(config):
   return {name: config.attack[name]
           for name in ("name", "norm", "epsilon", "step_size", "num_steps")}
+
+
+def read_config(workdir: str) -> dict:
+  """The config that a workdir's run was started with.
+
+  Raises:
+    InputError: its config.json is not whole.
+  """
+  saved = read_json(os.path.join(workdir, "config.json"))
+  if not saved:
+    raise InputError(f"--workdir={workdir}: its config.json is not whole; delete that file, and "
+                     "what the checkpoints say will be taken")
+  return saved
+
+
+def refuse_other_config(config: ml_collections.ConfigDict, saved: dict, workdir: str,
+                        ignored: tuple[str, ...] = ()) -> None:
+  """Raises an InputError if a workdir holds a run of another config, and says what differs."""
+  differing = differences(config.to_dict(), saved, ignored)
+  if differing:
+    more = f" and {len(differing) - 10} more" if len(differing) > 10 else ""
+    raise InputError(
+        f"--workdir={workdir}: holds a run of another config; take another workdir, or set back "
+        f"{', '.join(differing[:10])}{more} (saved -> given)")

@@ -9,7 +9,7 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from advprop_jax import evaluate, train
+from advprop_jax import evaluate, export, train
 from advprop_jax.errors import InputError
 from advprop_jax.runtime.config import require_known
 from advprop_jax.runtime.memory import keep_freed_memory
@@ -22,7 +22,9 @@ _WORKDIR = flags.DEFINE_string(
     "started again goes on where the run stands.")
 _MODE = flags.DEFINE_enum(
     "mode", "train", ["train", "evaluate", "export", "report"], "train: train, then evaluate. "
-    "evaluate: the checkpoint in the workdir. export, report: not there yet.")
+    "evaluate: the checkpoint in the workdir, or --config.model.pretrained; with "
+    "--config.eval.photographs=FOLDER: what these show. export: write the network for others, as "
+    "--config.export.format says. report: not there yet.")
 
 BAD_INPUT = 2  # exit code
 
@@ -34,7 +36,8 @@ def main(argv: list[str]) -> None:
     if not flag.value:
       raise InputError(f"--{flag.name}: not given; see --help")
   logging.set_verbosity(logging.WARNING)
-  verbs = {"train": train.train, "evaluate": evaluate.evaluate}
+  verbs = {"train": train.train, "evaluate": evaluate.evaluate,
+           "export": export.export}
   if _MODE.value not in verbs:
     raise InputError(f"--mode={_MODE.value}: is not there yet; use {' or '.join(verbs)}")
   verbs[_MODE.value](_CONFIG.value, _WORKDIR.value)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from advprop_jax.data.transforms import evaluation_transform
+from advprop_jax.data import imagenet
 from advprop_jax.experiment import Experiment
 from advprop_jax.method.attack import PIXEL
 from advprop_jax.method.step import attack_images, to_model_units
@@ -29,7 +29,7 @@ def adversarial_picture(experiment: Experiment, variables: dict, domain: str | N
   """
   method, attack, source = experiment.method, experiment.eval_attack, experiment.test_source
   main, domain = method.scheme.domains[0], domain or method.scheme.domains[0]
-  transform = evaluation_transform(experiment.config.data.image_size)
+  transform = experiment.evaluation_transform
   places = np.linspace(0, len(source) - 1, columns).astype(int)
   pixels = np.stack([transform(source[i]["image"]) for i in places])
   labels = np.array([source[i]["label"] for i in places])
@@ -47,7 +47,7 @@ def adversarial_picture(experiment: Experiment, variables: dict, domain: str | N
                          "attacked": predict(adversarial, domain)}
 
   adversarial, predictions = jax.device_get(compute(variables, pixels, labels))
-  names = experiment.train_source.class_names
+  names = [imagenet.words(name) for name in experiment.train_source.class_names]
 
   def lines(kind, before):
     return [(f"{before}{names[guess]}", RIGHT if guess == label else WRONG)

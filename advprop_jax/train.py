@@ -11,15 +11,16 @@ import ml_collections
 
 from advprop_jax.data import loader, transforms
 from advprop_jax.errors import InputError
-from advprop_jax.evaluate import (
-  BEST_METRIC,
-  CLEAN,
-  conclude,
-  create_evaluators,
+from advprop_jax.evaluate import CLEAN, conclude, create_evaluators
+from advprop_jax.experiment import (
+  LATER,
+  Experiment,
+  create_experiment,
+  fresh_state,
+  initial_state,
   read_config,
   refuse_other_config,
 )
-from advprop_jax.experiment import Experiment, create_experiment, fresh_state
 from advprop_jax.method.schemes import SECOND_VIEW
 from advprop_jax.method.state import TrainState
 from advprop_jax.method.step import train_step
@@ -27,6 +28,7 @@ from advprop_jax.models.batch_norm import drop_auxiliary
 from advprop_jax.runtime import parallel
 from advprop_jax.runtime.checkpoint import Checkpoints
 from advprop_jax.runtime.metrics import MetricsWriter, Progress, read_json, table, write_json
+from advprop_jax.trained import BEST_METRIC, write_classes
 
 
 def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
@@ -34,8 +36,8 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
 
   Args:
     config: see `runtime.config`.
-    workdir: made if it is not there. Takes config.json, checkpoints/, metrics.jsonl, tensorboard/,
-      summary.json and adversarial.png.
+    workdir: made if it is not there. Takes config.json, classes.json, checkpoints/, metrics.jsonl,
+      tensorboard/, summary.json and adversarial.png.
 
   Returns:
     The summary, as it was written to summary.json.
@@ -43,17 +45,17 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
   Raises:
     InputError: config, data or workdir cannot work, or the loss is not finite.
   """
-  experiment = create_experiment(config)
-  claim_workdir(experiment.config, workdir)
+  experiment = create_experiment(config, workdir)
+  claim_workdir(experiment, workdir)
   evaluators = create_evaluators(experiment)
   with contextlib.ExitStack() as stack:
     checkpoints = stack.enter_context(Checkpoints(
         os.path.join(workdir, "checkpoints"), experiment.config.checkpoint.keep, BEST_METRIC))
-    state, batches = start_or_resume(experiment, checkpoints, workdir)
+    state, batches, weights = start_or_resume(experiment, checkpoints, workdir)
     stack.callback(batches.close)
     start = int(state.step)
     if jax.process_index() == 0:
-      print(describe(experiment, state, workdir), flush=True)
+      print(describe(experiment, state, weights, workdir), flush=True)
     writer = stack.enter_context(MetricsWriter(workdir, start))
     progress = stack.enter_context(Progress(
         experiment.total_steps, start, experiment.config.data.batch_size))
@@ -114,7 +116,8 @@ def fit(experiment: Experiment, state: TrainState, batches, checkpoints: Checkpo
 
 
 def start_or_resume(experiment: Experiment, checkpoints: Checkpoints, workdir: str):
-  """The state and the batches of the newest whole checkpoint, or fresh ones."""
+  """State and batches of the newest whole checkpoint, or initial ones; and where weights are from.
+  """
   config, create = experiment.config, functools.partial(fresh_state, experiment)
   views = {source: transforms.training_transform(config.data.image_size, augment,
                                                  config.data.padding)
@@ -128,25 +131,28 @@ def start_or_resume(experiment: Experiment, checkpoints: Checkpoints, workdir: s
       process_index=jax.process_index(), process_count=jax.process_count())
   restored = checkpoints.restore_latest(jax.eval_shape(create))
   if restored is None:
-    return jax.device_put(parallel.run_once(create), parallel.replicated()), batches
-  refuse_other_config(config, restored.config, workdir, ignored=("eval", "checkpoint"))
+    state, weights = initial_state(experiment)
+    return jax.device_put(state, parallel.replicated()), batches, str(weights)
+  refuse_other_config(config, restored.config, workdir, ignored=LATER)
   batches.set_state(restored.iterator)
-  return restored.state, batches
+  return restored.state, batches, f"those of the checkpoint of step {restored.step}"
 
 
-def claim_workdir(config: ml_collections.ConfigDict, workdir: str) -> None:
-  """Writes config.json, or checks that the one there is the same.
+def claim_workdir(experiment: Experiment, workdir: str) -> None:
+  """Writes config.json, or checks that the one there is the same; writes classes.json.
 
   Raises:
     InputError: workdir cannot be written, or holds a run of another config.
   """
-  path = os.path.join(workdir, "config.json")
+  path, config = os.path.join(workdir, "config.json"), experiment.config
   try:
     os.makedirs(workdir, exist_ok=True)
     if os.path.exists(path):
       refuse_other_config(config, read_config(workdir), workdir)
     elif jax.process_index() == 0:
       write_json(path, config.to_dict())
+    if jax.process_index() == 0:
+      write_classes(workdir, experiment.train_source.class_names)
   except OSError as error:
     raise InputError(f"--workdir={workdir}: cannot be used ({error}); give a folder that can be "
                      "written") from error
@@ -162,7 +168,7 @@ def require_finite(step: int, metrics: dict[str, float]) -> None:
                      "are kept; try a lower config.optimizer.learning_rate in another --workdir")
 
 
-def describe(experiment: Experiment, state: TrainState, workdir: str) -> str:
+def describe(experiment: Experiment, state: TrainState, weights: str, workdir: str) -> str:
   """The summary that a run begins with, a plain-text table."""
   config, attack = experiment.config, experiment.method.attack
   count = functools.partial(jax.tree.reduce, lambda total, x: total + x.size, initializer=0)
@@ -172,6 +178,7 @@ def describe(experiment: Experiment, state: TrainState, workdir: str) -> str:
   rows = [
       ["network", f"{config.model.name}, {config.data.image_size} px, {config.model.dtype}"],
       ["parameters", f"{main:,}, and {count(state.params) - main:,} of auxiliary batch norms"],
+      ["weights", weights],
       ["scheme", f"{config.scheme}: {scheme}"],
       ["attack", f"{attack} (0-255), {attack.statistics} statistics" if attacked else None],
       ["data", f"{config.data.name}: {len(experiment.train_source):,} train, "

@@ -78,6 +78,7 @@ LANDS = {
     "model.dtype": ("bfloat16", model("dtype"), jnp.dtype("bfloat16"), {}),
     "model.dropout_rate": (0.37, model("dropout_rate"), 0.37, {}),
     "model.drop_path_rate": (0.41, model("drop_path_rate"), 0.41, {}),
+    "model.input_convention": ("lite", model("input_convention"), "lite", {}),
     "model.share_statistics": (True, model("share_statistics"), True, {}),
     "model.share_affine": (True, model("share_affine"), True, {}),
     "model.bn_group_size": (2, model("group_size"), 2, {}),
@@ -108,6 +109,10 @@ LANDS = {
     "loss.weights.adversarial_start": (
         0.3, lambda e: e.method.scheme.weights,
         {"clean": 1.0, "adversarial": 0.5, "adversarial_start": 0.3}, FAST),
+    "data.crop_fraction": (0.5, lambda e: e.evaluation_transform.keywords["crop_fraction"], 0.5,
+                           {}),
+    "optimizer.trainable": ("norms_and_classifier", lambda e: e.method.trainable,
+                            "norms_and_classifier", {}),
     "train.epochs": (3.0, lambda e: e.total_steps, 15, {}),
     "train.steps": (11, lambda e: e.total_steps, 11, {}),
     "train.accumulation": (5, lambda e: e.method.accumulation, 5, {}),
@@ -136,7 +141,8 @@ def test_where_a_field_lands(path):
 
 def test_no_field_of_the_method_is_left_out():
   """Fails where a new field of the method has no test of where it lands."""
-  tested = {*LANDS, *(f"optimizer.{name}" for name in OPTIMIZERS)}
+  tested = {*LANDS, *(f"optimizer.{name}" for name in OPTIMIZERS),
+            "model.pretrained"}  # tests/test_trained.py
   assert {path for path in FIELDS
           if path.startswith(("model.", "attack.", "loss.", "optimizer."))} <= tested
 
@@ -190,6 +196,7 @@ OPTIMIZERS = {
     "b2": (0.5, {**_ADAMW, "b2": 0.5}, {}, ADAMW),
     "weight_decay": (0.1, {"weight_decay": 0.1}, {}, {}),
     "weight_decay_form": ("decoupled", {"weight_decay": 0.1, "form": "decoupled"}, {}, STRONG),
+    "trainable": ("norms_and_classifier", {"trainable": "norms_and_classifier"}, {}, {}),
     "decay_batch_norm": (True, {"weight_decay": 0.1, "decay_batch_norm": True}, {}, STRONG),
 }
 

@@ -89,7 +89,7 @@ class FolderRecords:
       image = decode(path.read_bytes())
     except Exception as error:         # as in _examined
       raise InputError(f"the file {str(path)!r} is no longer the image that was indexed "
-                       f"({_reason(error)}): mend or remove it") from error
+                       f"({reason(error)}): mend or remove it") from error
     return {"image": image, "label": int(self.labels[index])}
 
 
@@ -289,7 +289,7 @@ def _scan(root: pathlib.Path) -> tuple[dict[str, list[int]], dict[str, list[int]
     folders[path] = [status.st_mtime_ns if settled else -1, len(entries)]
     for entry in entries:
       below = f"{path}/{entry.name}" if path else entry.name
-      if _hidden(entry.name):
+      if hidden(entry.name):
         continue
       if entry.is_dir():
         visit(below, above | {identity})
@@ -313,7 +313,7 @@ def _examined(root: pathlib.Path, paths: Sequence[str]) -> dict[str, list[int] |
       with open(root / path, "rb") as file:
         status, image = os.fstat(file.fileno()), decode(file.read())
     except Exception as error:         # Pillow's plugins raise whatever a broken file makes them
-      return _reason(error)
+      return reason(error)
     return [status.st_size, status.st_mtime_ns, image.shape[1], image.shape[0]]
 
   def examine_some(start: int) -> list[list[int] | str]:
@@ -329,7 +329,7 @@ def _examined(root: pathlib.Path, paths: Sequence[str]) -> dict[str, list[int] |
     return dict(zip(paths, (result for some in results for result in some), strict=True))
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
   """Why a file is broken, in a few words."""
   if isinstance(error, UnidentifiedImageError):      # its own words hold an address in memory
     return "of no format that Pillow reads"
@@ -340,11 +340,12 @@ def _reason(error: Exception) -> str:
 def _folders(folder: pathlib.Path) -> list[str]:
   try:
     return sorted(path.name for path in folder.iterdir()
-                  if path.is_dir() and not _hidden(path.name))
+                  if path.is_dir() and not hidden(path.name))
   except OSError as error:
     raise InputError(f"the folder {str(folder)!r} cannot be read ({error.strerror}): make it "
                      "readable") from error
 
 
-def _hidden(name: str) -> bool:
+def hidden(name: str) -> bool:
+  """Whether files and folders of that name are not read."""
   return name.startswith(".") or name.lower() in HIDDEN

@@ -16,7 +16,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader
 from etils import epath
-from PIL import Image
+from PIL import Image, ImageOps
 
 from advprop_jax.errors import InputError
 
@@ -155,16 +155,22 @@ class KeptRecords:
     return KeptRecords, (self._records,)
 
 
-def decode(image: bytes) -> np.ndarray:
+def decode(image: bytes, upright: bool = False) -> np.ndarray:
   """Decodes an image file of any format and colour mode to uint8 (h, w, 3), grey repeated.
 
   Of 16 bits the upper 8 are taken, and transparency is dropped.
+
+  Args:
+    image: the content of the file.
+    upright: turns the image as its EXIF says; else pixels are as they are stored.
 
   Raises:
     ValueError: pixels of 32 bits, whose range nobody states. Pillow raises this and much else for
       a broken file.
   """
   with Image.open(io.BytesIO(image)) as opened:
+    if upright:
+      ImageOps.exif_transpose(opened, in_place=True)
     if opened.mode.startswith("I;16"):                # Pillow would clip it at 255: all white
       grey = (np.asarray(opened) >> 8).astype(np.uint8)
       return np.repeat(grey[..., None], 3, axis=2)

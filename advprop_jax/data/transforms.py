@@ -48,26 +48,51 @@ def random_flip(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
   return image[:, ::-1] if rng.random() < 0.5 else image
 
 
-def fit(image: np.ndarray, size: int) -> np.ndarray:
-  """Scales the shorter side to `size` (bicubic, antialiased) and takes the central square.
+def fit(image: np.ndarray, size: int, crop_fraction: float = 1.0) -> np.ndarray:
+  """Scales the image (bicubic, antialiased) and takes the central square.
 
-  An image of that size is left as it is.
+  The shorter side is scaled to size / crop_fraction. An image of `size` is left as it is where all
+  of it is shown.
 
   Args:
     image: uint8 (h, w, 3).
-    size: in pixels.
+    size: of the result, in pixels.
+    crop_fraction: side of the square / shorter side of the image, in (0, 1].
 
   Returns:
     uint8 (size, size, 3).
+
+  *Source:* the rounding is that of timm, data/transforms_factory.py (scale_size), and of
+  torchvision's Resize and CenterCrop.
   """
   height, width = image.shape[:2]
-  if (height, width) == (size, size):
+  shorter = scaled_side(size, crop_fraction)
+  if min(height, width) == shorter == size and height == width:
     return image
-  side = min(height, width)
-  left, top = (width - side) / 2, (height - side) / 2
+  scaled_height, scaled_width = (max(shorter, int(shorter * side / min(height, width)))
+                                 for side in (height, width))
+  top, left = round((scaled_height - size) / 2), round((scaled_width - size) / 2)
+  y, x = height / scaled_height, width / scaled_width
   # With a box Pillow gives what scaling it all and cropping then would, at the square's cost.
   return np.asarray(Image.fromarray(image).resize(
-    (size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side)))
+      (size, size), Image.Resampling.BICUBIC,
+      box=(left * x, top * y, (left + size) * x, (top + size) * y)))
+
+
+def scaled_side(size: int, crop_fraction: float) -> int:
+  """The shorter side of an image of which `size` pixels are this fraction."""
+  return int(size / crop_fraction + 1e-6)   # 240 / (240 / 272) may be a little below 272
+
+
+def published_crop(size: int) -> float:
+  """The crop_fraction that a network is published with, by its published image size.
+
+  224 of 256 pixels and the like for networks for ImageNet; all of the image for those for small
+  images.
+
+  *Source:* tensorflow/tpu, models/official/efficientnet/preprocessing.py, CROP_PADDING.
+  """
+  return size / (size + 32) if size >= 200 else 1.0
 
 
 def _none(image: np.ndarray, rng: np.random.Generator, *, size: int, padding: int) -> np.ndarray:
@@ -122,6 +147,6 @@ def training_transform(image_size: int, augment: str = "crop_flip",
   return functools.partial(AUGMENTATIONS[augment], size=image_size, padding=padding)
 
 
-def evaluation_transform(image_size: int) -> EvaluationTransform:
+def evaluation_transform(image_size: int, crop_fraction: float = 1.0) -> EvaluationTransform:
   """What a test image goes through: (uint8 (h, w, 3)) -> uint8 (image_size, image_size, 3)."""
-  return functools.partial(fit, size=image_size)
+  return functools.partial(fit, size=image_size, crop_fraction=crop_fraction)

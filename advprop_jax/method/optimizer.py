@@ -73,7 +73,7 @@ def decoupled_decay(schedule: Schedule, weight_decay: float) -> optax.GradientTr
 
 
 def create_optimizer(name: str, schedule: Schedule, weight_decay: float = 0.0, form: str = "l2",
-                     decay_batch_norm: bool = False,
+                     decay_batch_norm: bool = False, trainable: str = "all",
                      **settings) -> optax.GradientTransformation:
   """The optimizer with its weight decay.
 
@@ -84,20 +84,48 @@ def create_optimizer(name: str, schedule: Schedule, weight_decay: float = 0.0, f
     form: "l2" adds weight_decay * parameter to the gradient, which is 0.5 * weight_decay * |w|^2
       in the loss; "decoupled" shrinks the parameters themselves.
     decay_batch_norm: whether scales and biases of batch norms decay too.
+    trainable: one of TRAINABLE; other parameters stay as they are, and have no momenta.
     **settings: momentum, nesterov, rms_decay, epsilon, b1, b2; each optimizer takes its own.
   """
-  core = OPTIMIZERS[name](schedule, **settings)
-  if weight_decay == 0:
-    return core
+  optimizer = OPTIMIZERS[name](schedule, **settings)
 
   def mask(params):
     return decayed(params, decay_batch_norm)
 
-  if form == "l2":
-    return optax.chain(optax.add_decayed_weights(weight_decay, mask), core)
-  return optax.chain(core, optax.masked(decoupled_decay(schedule, weight_decay), mask))
+  if weight_decay and form == "l2":
+    optimizer = optax.chain(optax.add_decayed_weights(weight_decay, mask), optimizer)
+  elif weight_decay:
+    decay = optax.masked(decoupled_decay(schedule, weight_decay), mask)
+    optimizer = optax.chain(optimizer, decay)
+  if trainable == "all":
+    return optimizer
+
+  def kinds(params):
+    return jax.tree.map(lambda stop: "frozen" if stop else "trained", frozen(params, trainable))
+
+  return optax.partition({"trained": optimizer, "frozen": optax.set_to_zero()}, kinds)
+
+
+def frozen(params: dict, trainable: str) -> dict:
+  """A tree of booleans: which parameters are not trained.
+
+  Args:
+    params: of a network of this project.
+    trainable: one of TRAINABLE.
+  """
+  no_batch_norm = decayed(params)
+  return jax.tree.map_with_path(
+      lambda path, other: trainable != "all" and other and path[0].key != "classifier",
+      no_batch_norm)
+
+
+def stop_frozen(params: dict, trainable: str) -> dict:
+  """The parameters, those that are not trained without a gradient, which then costs nothing."""
+  return jax.tree.map(lambda x, stop: jax.lax.stop_gradient(x) if stop else x, params,
+                      frozen(params, trainable))
 
 
 SCHEDULES = {"exponential": exponential, "cosine": cosine, "constant": constant}
 OPTIMIZERS = {"rmsprop": rmsprop, "sgd": sgd, "adamw": adam}
 DECAY_FORMS = ("l2", "decoupled")
+TRAINABLE = ("all", "norms_and_classifier")

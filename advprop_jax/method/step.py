@@ -17,6 +17,7 @@ import optax
 from advprop_jax.method import attack as attacks
 from advprop_jax.method.attack import PIXEL, Attack
 from advprop_jax.method.loss import cross_entropy, mean_over_images
+from advprop_jax.method.optimizer import stop_frozen
 from advprop_jax.method.schemes import Part, Scheme
 from advprop_jax.method.state import TrainState, update_ema
 from advprop_jax.models.batch_norm import statistics_collection
@@ -36,6 +37,7 @@ class Method:
     label_smoothing: of the loss that trains.
     ema_decay: of the moving averages; unused where the state holds none.
     accumulation: number of micro-batches, one after the other, that make one update.
+    trainable: which parameters have a gradient, as the optimizer knows it.
   """
 
   model: Network
@@ -45,6 +47,7 @@ class Method:
   label_smoothing: float = 0.1
   ema_decay: float = 0.9999
   accumulation: int = 1
+  trainable: str = "all"
 
   @property
   def axis_name(self) -> str | None:
@@ -208,7 +211,7 @@ def forward(method: Method, params: dict, batch_stats: dict, parts: dict,
   Returns:
     {part: (n, classes)} and the collections, those of the parts' domains moved.
   """
-  logits = {}
+  logits, params = {}, stop_frozen(params, method.trainable)
   for collection, together in passes(method.scheme, method.model, parts).items():
     domains = tuple(dict.fromkeys(part.domain for part in together))
     # Parts of one domain alternate, so that an image's place does not depend on the devices.

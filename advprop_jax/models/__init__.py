@@ -6,6 +6,7 @@ import jax.numpy as jnp
 
 from advprop_jax.errors import InputError
 from advprop_jax.models import efficientnet, resnet
+from advprop_jax.models.conventions import CONVENTIONS
 from advprop_jax.models.network import Network
 
 # name -> (network, its architecture, whose image_size and total_stride are public). A new family
@@ -23,7 +24,8 @@ def create_model(name: str, num_classes: int = 1000, domains: Sequence[str] = ("
                  dtype="float32", share_statistics: bool = False, share_affine: bool = False,
                  axis_name: str | None = None, group_size: int = 1,
                  dropout_rate: float | None = None,
-                 drop_path_rate: float | None = None) -> Network:
+                 drop_path_rate: float | None = None,
+                 input_convention: str = "inception") -> Network:
   """A network by name, with a bank of batch norms in the place of each batch norm.
 
   Args:
@@ -38,19 +40,24 @@ def create_model(name: str, num_classes: int = 1000, domains: Sequence[str] = ("
     group_size: neighbouring replicas whose batches are normalised as one.
     dropout_rate: before the classifier; None for the network's own.
     drop_path_rate: stochastic depth; None for the network's own.
+    input_convention: what the first convolution reads, a key of CONVENTIONS. Images are given in
+      [-1, 1] whatever it is.
 
   Returns:
     A module; `apply(variables, images, domains=None, train=False)` gives logits.
 
   Raises:
-    InputError: an unknown name or type.
+    InputError: an unknown name, type or convention.
   """
   network, architecture = _NETWORKS[canonical_name(name)]
   dtype = _checked_dtype(dtype)
+  if input_convention not in CONVENTIONS:
+    raise InputError(f"input_convention={input_convention!r}: choose one of "
+                     f"{', '.join(CONVENTIONS)}")
   return network(architecture, num_classes=num_classes, domains=tuple(domains), dtype=dtype,
                  share_statistics=share_statistics, share_affine=share_affine,
                  axis_name=axis_name, group_size=group_size, dropout_rate=dropout_rate,
-                 drop_path_rate=drop_path_rate)
+                 drop_path_rate=drop_path_rate, input_convention=input_convention)
 
 
 def canonical_name(name: str) -> str:
@@ -71,11 +78,16 @@ def _checked_dtype(dtype) -> jnp.dtype:
   return jnp.dtype(dtype)
 
 
+def architecture_of(name: str):
+  """What tells a network from the others of its family."""
+  return _NETWORKS[canonical_name(name)][1]
+
+
 def image_size(name: str) -> int:
   """The published resolution of a network: the side of its images in pixels."""
-  return _NETWORKS[canonical_name(name)][1].image_size
+  return architecture_of(name).image_size
 
 
 def min_image_size(name: str) -> int:
   """The smallest useful side in pixels: the network's total stride, one pixel of features."""
-  return _NETWORKS[canonical_name(name)][1].total_stride
+  return architecture_of(name).total_stride

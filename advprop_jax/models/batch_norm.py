@@ -17,6 +17,7 @@ Who may change is said by flax's `mutable`, and by nothing else:
     logits = model.apply(variables, images)                                         # deployment
 """
 
+import re
 from collections.abc import Sequence
 
 import flax.linen as nn
@@ -70,7 +71,7 @@ class BatchNorm(nn.Module):
     Raises:
       ValueError: a domain that the bank lacks or that is named twice, or parts that are not equal.
     """
-    check_domains(domains, self.domains, len(x))
+    check_domains(domains, self.domains, x.shape[0])
     parts = x.reshape(len(domains), -1, *x.shape[1:]).astype(jnp.float32)
     channels = x.shape[-1]
     per_part = (len(domains), *[1] * (x.ndim - 1), channels)
@@ -151,6 +152,18 @@ def drop_auxiliary(variables: dict) -> dict:
   main = {path: leaf for path, leaf in params.items()
           if not path[-1].startswith(("scale_", "bias_"))}
   return {"params": traverse_util.unflatten_dict(main), "batch_stats": variables["batch_stats"]}
+
+
+def main_path(path: tuple[str, ...]) -> tuple[str, ...]:
+  """Where the main domain has what another domain has at `path`; or path itself.
+
+  Args:
+    path: of a variable, its collection first: ("batch_stats_adversarial", "stem_norm", "mean").
+  """
+  collection, *modules, leaf = path
+  if collection == "params":
+    return (collection, *modules, re.sub(r"^(scale|bias)_.*", r"\1", leaf))
+  return ("batch_stats", *modules, leaf)
 
 
 def domains_of_params(params: dict, domains: Sequence[str]) -> dict:

@@ -295,11 +295,16 @@ def _in_groups(function, x):
   taps again in each of the operations that read the result.
   """
   y = jax.lax.map(function, _groups(x, _GROUPS))
-  return y.reshape(-1, *y.shape[2:])[:len(x)]
+  return y.reshape(-1, *y.shape[2:])[:x.shape[0]]
 
 
 def _groups(x, groups):
-  """(n, ...) -> (at most `groups`, images of a group, ...), filled up with zeros."""
+  """(n, ...) -> (at most `groups`, images of a group, ...), filled up with zeros.
+
+  In a program that is exported for any n, groups of one image: those need no arithmetic of n.
+  """
+  if jax.export.is_symbolic_dim(x.shape[0]):
+    return x[:, None]
   images = -(-len(x) // groups)
   missing = -len(x) % images
   if missing:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from advprop_jax.models.batch_norm import BatchNorm
+from advprop_jax.models.conventions import normalised
 from advprop_jax.models.dropout import Dropout
 
 
@@ -26,6 +27,7 @@ class Network(nn.Module):
     group_size: neighbouring replicas whose batches are normalised as one.
     dropout_rate: None for the architecture's own.
     drop_path_rate: None for the architecture's own.
+    input_convention: what the first convolution reads, a key of CONVENTIONS.
   """
 
   architecture: Any
@@ -38,6 +40,7 @@ class Network(nn.Module):
   group_size: int = 1
   dropout_rate: float | None = None
   drop_path_rate: float | None = None
+  input_convention: str = "inception"
 
   # Of the family.
   norm_epsilon: ClassVar[float]
@@ -67,7 +70,7 @@ class Network(nn.Module):
         axis_name=self.axis_name, group_size=self.group_size)
     drop = functools.partial(Dropout, domains=self.domains, axis_name=self.axis_name)
 
-    x = self.features(images, domains, train, norm, drop)
+    x = self.features(normalised(images, self.input_convention), domains, train, norm, drop)
     x = jnp.mean(x.astype(jnp.float32), (1, 2))
     x = drop(_own(net.dropout_rate, self.dropout_rate))(x, domains)
     return nn.Dense(self.num_classes, kernel_init=self.classifier_init, name="classifier")(x)

@@ -2,18 +2,19 @@
 
 timm publishes the AdvProp weights (`timm/tf_efficientnet_b{0..8}.ap_in1k` on the Hugging Face hub),
 and most tools read its format: {tensor name: array}, convolution kernels (outputs, inputs / groups,
-height, width), dense ones (outputs, inputs). What belongs to what is said once, by the tables
-below; both directions read them.
+height, width), dense ones (outputs, inputs). What belongs to what is said once, by the tables of
+tensor_names.py; both directions read them.
 
 timm's running variance of a network that PyTorch trained is the unbiased one, this project's the
 biased one; the published weights come from TensorFlow and are biased. Numbers are not changed here.
-Nor are images: ResNets from elsewhere mostly want them normalised by ImageNet's mean and deviation,
-not in [-1, 1].
+Nor are images: what a network wants to read is its input convention, which comes with the weights
+(conventions.py, `published_convention`).
 """
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -21,56 +22,12 @@ import numpy as np
 from flax import traverse_util
 
 from advprop_jax.errors import InputError
-from advprop_jax.models import canonical_name, create_model, efficientnet, resnet
-from advprop_jax.models.batch_norm import drop_auxiliary
+from advprop_jax.models import NAMES, canonical_name, create_model, tensor_names
+from advprop_jax.models.batch_norm import drop_auxiliary, main_path
 
 _SHOWN = 10  # differences that an error message lists
 
-# Our module -> timm's module.
-_EFFICIENTNET = {
-    "stem": "conv_stem",
-    "stem_norm": "bn1",
-    "head": "conv_head",
-    "head_norm": "bn2",
-    "classifier": "classifier",
-}
-_SQUEEZE_EXCITE = {
-    "squeeze_excite/reduce": "se.conv_reduce",
-    "squeeze_excite/expand": "se.conv_expand",
-}
-_BLOCK = {
-    "expand": "conv_pw",
-    "expand_norm": "bn1",
-    "depthwise": "conv_dw",
-    "depthwise_norm": "bn2",
-    "project": "conv_pwl",
-    "project_norm": "bn3",
-    **_SQUEEZE_EXCITE,
-}
-_BLOCK_WITHOUT_EXPANSION = {
-    "depthwise": "conv_dw",
-    "depthwise_norm": "bn1",
-    "project": "conv_pw",
-    "project_norm": "bn2",
-    **_SQUEEZE_EXCITE,
-}
-_RESNET = {
-    "stem": "conv1",
-    "stem_norm": "bn1",
-    "classifier": "fc",
-}
-_RESNET_BLOCK = {
-    "conv_1": "conv1",
-    "norm_1": "bn1",
-    "conv_2": "conv2",
-    "norm_2": "bn2",
-    "conv_3": "conv3",
-    "norm_3": "bn3",
-    "shortcut": "downsample.0",
-    "shortcut_norm": "downsample.1",
-}
-
-# Our leaf -> timm's leaf.
+# Our leaf -> timm's leaf, in every dialect.
 _LEAVES = {
     "kernel": "weight",
     "bias": "bias",
@@ -84,31 +41,37 @@ _LEAVES = {
 _AXES = {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}
 
 
-def from_timm(name: str, state_dict: Mapping[str, np.ndarray]) -> dict:
-  """Variables of a network from a timm state dict.
+def from_state_dict(name: str, state_dict: Mapping[str, np.ndarray]) -> dict:
+  """Variables of a network from published tensors.
 
   Args:
     name: of the network, as `create_model` takes it.
-    state_dict: {timm's tensor name: array}; `num_batches_tracked` is ignored. The number of
-      classes is the classifier's.
+    state_dict: {tensor name: array}, in any dialect of tensor_names.py; `num_batches_tracked` is
+      ignored. The number of classes is the classifier's.
 
   Returns:
     {"params": ..., "batch_stats": ...} of the network with one domain, float32 numpy arrays.
 
   Raises:
-    InputError: tensors are missing, too many, or have another shape; it names ten at most.
+    InputError: tensors are missing, too many, or have another shape; it names ten at most, and the
+      network that they look like.
   """
-  tensors = {key: np.asarray(value, np.float32) for key, value in state_dict.items()
-             if not key.endswith("num_batches_tracked")}
-  classifier = _modules(name)["classifier"]
-  pairs = _pairs(canonical_name(name), _num_classes(tensors, f"{classifier}.bias"))
-  _check(name, {pair.theirs: pair.their_shape for pair in pairs}, tensors)
-  ours = {pair.ours: tensors[pair.theirs].transpose(pair.inverse) for pair in pairs}
+  tensors = _relevant(state_dict)
+  dialect = tensor_names.dialect_of(name, tensors)
+  pairs = _pairs_for(name, dialect, tensors)
+  wrong = _differences({pair.theirs: pair.their_shape for pair in pairs}, _shapes(tensors))
+  if wrong:
+    other = looks_like(tensors)
+    hint = f"; they look like those of {other}: give that as config.model.name" if (
+        other not in (None, canonical_name(name))) else ""
+    raise InputError(f"{_listed(wrong, name)}{hint}")
+  ours = {pair.ours: np.asarray(tensors[pair.theirs], np.float32).transpose(pair.inverse)
+          for pair in pairs}
   return traverse_util.unflatten_dict(ours)
 
 
 def to_timm(name: str, variables: Mapping) -> dict[str, np.ndarray]:
-  """The timm state dict of a network: what others load. The inverse of `from_timm`.
+  """The timm state dict of a network: what others load. The inverse of `from_state_dict`.
 
   Args:
     name: of the network, as `create_model` takes it.
@@ -122,10 +85,101 @@ def to_timm(name: str, variables: Mapping) -> dict[str, np.ndarray]:
   """
   arrays = {path: np.asarray(leaf, np.float32) for path, leaf
             in traverse_util.flatten_dict(drop_auxiliary(variables)).items()}
-  pairs = _pairs(canonical_name(name), _num_classes(arrays, ("params", "classifier", "bias")))
-  _check(name, {"/".join(pair.ours): pair.our_shape for pair in pairs},
-         {"/".join(path): array for path, array in arrays.items()})
-  return {pair.theirs: arrays[pair.ours].transpose(pair.axes) for pair in pairs}
+  bias = arrays.get(("params", "classifier", "bias"))
+  pairs = _pairs(canonical_name(name), tensor_names.TIMM, _length(bias))
+  wrong = _differences({"/".join(pair.ours): pair.our_shape for pair in pairs},
+                       _shapes({"/".join(path): array for path, array in arrays.items()}))
+  if wrong:
+    raise InputError(_listed(wrong, name))
+  return {pair.theirs: np.ascontiguousarray(arrays[pair.ours].transpose(pair.axes))
+          for pair in pairs}
+
+
+def timm_name(name: str) -> str:
+  """What timm calls a network; an InputError if it has none such."""
+  name = canonical_name(name)
+  if name.endswith("_tiny"):
+    raise InputError(f"config.export.format='timm': timm has no {name}; give 'stablehlo' or "
+                     "'checkpoint'")
+  return f"tf_{name}" if name.startswith("efficientnet") else name
+
+
+def fitted(variables: Mapping, fresh: Mapping,
+           keep_classifier: bool = True) -> tuple[dict, bool]:
+  """Variables of one network as those of another with more batch norms, or with other classes.
+
+  Args:
+    variables: of a network of any domains.
+    fresh: of the same network, as it is to be: with its domains and its number of classes.
+    keep_classifier: whether the classes are the same, as far as names tell.
+
+  Returns:
+    The tree of `fresh` with the values of `variables`: a batch norm of a domain that these lack
+    starts as a copy of the main one. And whether the classifier is theirs: for other classes it is
+    a fresh one of zeros, so that the loss starts at log(classes) whatever the features are.
+
+  *Source* of the zeros: google-research/vision_transformer, vit_jax/models_vit.py, whose head
+  starts so when it is fine-tuned.
+  """
+  given, result = traverse_util.flatten_dict(variables), {}
+  kept = keep_classifier and num_classes(variables) == num_classes(fresh)
+  for path, leaf in traverse_util.flatten_dict(fresh).items():
+    is_classifier = path[:2] == ("params", "classifier")
+    value = given[path] if path in given else given[main_path(path)]
+    result[path] = value if kept or not is_classifier else np.zeros(leaf.shape, leaf.dtype)
+  return traverse_util.unflatten_dict(result), kept
+
+
+def num_classes(variables: Mapping) -> int:
+  """The number of logits of a network."""
+  return len(variables["params"]["classifier"]["bias"])
+
+
+def looks_like(state_dict: Mapping[str, np.ndarray]) -> str | None:
+  """The network whose tensors these are but for a few, whatever the classes; None if there is none.
+
+  It takes some seconds: all networks are made, without computing anything.
+  """
+  found = _without_classifier(_shapes(_relevant(state_dict)))
+
+  def likeness(name):
+    dialect = tensor_names.dialect_of(name, found)
+    expected = _without_classifier({pair.theirs: pair.their_shape
+                                    for pair in _pairs_for(name, dialect, state_dict)})
+    common = sum(found.get(key) == shape for key, shape in expected.items())
+    return common / max(len(found.keys() | expected.keys()), 1)
+
+  best = max(NAMES, key=likeness)
+  return best if likeness(best) > 0.9 else None
+
+
+def published_convention(name: str, file: str, state_dict: Mapping) -> str | None:
+  """The input convention that weights were trained with, as far as their names tell.
+
+  Args:
+    name: of the network.
+    file: the name of the weights' file, or their id on the hub.
+    state_dict: their tensors.
+
+  Returns:
+    A key of CONVENTIONS; None where an EfficientNet's weights do not say whether they are those of
+    AdvProp, which read [-1, 1], or others, which read images normalised by ImageNet's mean and
+    deviation.
+
+  *Sources:* timm, models/efficientnet.py and models/resnet.py (default_cfgs); for Lite networks of
+  the other dialect, tensorflow/tpu, efficientnet_lite_builder.py, from which they were converted.
+  """
+  name = canonical_name(name)
+  if name.startswith("resnet"):
+    return "imagenet"
+  if "lite" in name:
+    timm = tensor_names.dialect_of(name, state_dict) == tensor_names.TIMM
+    return "inception" if timm else "lite"
+  words = re.split(r"[./_-]", file.rpartition("/")[2].lower())
+  if {"ap", "adv", "advprop"} & {*words}:
+    return "inception"
+  published = re.match(r"(tf_)?efficientnet[-_]b\d-[0-9a-f]{8}\.", file.rpartition("/")[2])
+  return "imagenet" if published or {"aa", "ns", "ra", "in1k"} & {*words} else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,58 +204,49 @@ class _Pair:
 
 
 @functools.cache
-def _pairs(name: str, num_classes: int) -> tuple[_Pair, ...]:
+def _pairs(name: str, dialect: str, classes: int) -> tuple[_Pair, ...]:
   """All tensors of a network with one domain."""
-  model = create_model(name, num_classes=num_classes)
-  modules = _modules(name)
+  model, modules = create_model(name, num_classes=classes), tensor_names.module_names(name, dialect)
   shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
   return tuple(_Pair(path, leaf.shape, f"{modules['/'.join(path[1:-1])]}.{_LEAVES[path[-1]]}")
                for path, leaf in traverse_util.flatten_dict(shapes).items())
 
 
-def _num_classes(arrays: Mapping, bias: str | tuple[str, ...]) -> int:
-  """The length of the classifier's bias; without one, which `_check` then says, a usual number."""
-  return len(arrays[bias]) if bias in arrays else 1000
+def _pairs_for(name: str, dialect: str, tensors: Mapping[str, np.ndarray]) -> tuple[_Pair, ...]:
+  classifier = tensor_names.module_names(name, dialect)["classifier"]
+  return _pairs(canonical_name(name), dialect, _length(tensors.get(f"{classifier}.bias")))
 
 
-def _modules(name: str) -> dict[str, str]:
-  """{our module: timm's module}, of every module that the network may have."""
-  architecture = create_model(name).architecture
-  return dict(_MODULES[type(architecture)](architecture))
+def _length(bias: np.ndarray | None) -> int:
+  """Of the classifier's bias; without one, which is then said to be missing, a usual number."""
+  return 1000 if bias is None or not np.shape(bias) else len(bias)
 
 
-def _efficientnet_modules(
-    architecture: efficientnet.Architecture) -> Iterator[tuple[str, str]]:
-  yield from _EFFICIENTNET.items()
-  for block, stage_index, block_index, stage in efficientnet.block_names(architecture):
-    table = _BLOCK_WITHOUT_EXPANSION if stage.expansion == 1 else _BLOCK
-    for ours, theirs in table.items():
-      yield f"{block}/{ours}", f"blocks.{stage_index}.{block_index}.{theirs}"
+def _relevant(state_dict: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+  return {key: value for key, value in state_dict.items()
+          if not key.endswith("num_batches_tracked")}
 
 
-def _resnet_modules(architecture: resnet.Architecture) -> Iterator[tuple[str, str]]:
-  yield from _RESNET.items()
-  for block, stage_index, block_index in resnet.block_names(architecture):
-    for ours, theirs in _RESNET_BLOCK.items():
-      yield f"{block}/{ours}", f"layer{stage_index + 1}.{block_index}.{theirs}"
+def _without_classifier(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+  return {key: shape for key, shape in shapes.items()
+          if not key.startswith(("classifier.", "fc.", "_fc."))}
 
 
-# A new family of networks is one more line.
-_MODULES = {
-    efficientnet.Architecture: _efficientnet_modules,
-    resnet.Architecture: _resnet_modules,
-}
+def _shapes(arrays: Mapping[str, np.ndarray]) -> dict[str, tuple[int, ...]]:
+  return {key: tuple(np.shape(array)) for key, array in arrays.items()}
 
 
-def _check(name: str, expected: Mapping[str, tuple[int, ...]],
-           found: Mapping[str, np.ndarray]) -> None:
-  """Raises an InputError that lists what is missing, too much or of another shape."""
+def _differences(expected: Mapping[str, tuple[int, ...]],
+                 found: Mapping[str, tuple[int, ...]]) -> list[str]:
+  """What is missing, of another shape, or too much."""
   wrong = [f"{key} is missing, it should be {shape}" for key, shape in expected.items()
            if key not in found]
-  wrong += [f"{key} is {found[key].shape}, it should be {shape}" for key, shape in expected.items()
-            if key in found and found[key].shape != shape]
-  wrong += [f"{key}, {array.shape}, is not of this network" for key, array in found.items()
-            if key not in expected]
-  if wrong:
-    more = f"; and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
-    raise InputError(f"{len(wrong)} tensors do not fit {name}: {'; '.join(wrong[:_SHOWN])}{more}")
+  wrong += [f"{key} is {found[key]}, it should be {shape}" for key, shape in expected.items()
+            if key in found and found[key] != shape]
+  return wrong + [f"{key}, {shape}, is not of this network" for key, shape in found.items()
+                  if key not in expected]
+
+
+def _listed(wrong: list[str], name: str) -> str:
+  more = f"; and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
+  return f"{len(wrong)} tensors do not fit {name}: {'; '.join(wrong[:_SHOWN])}{more}"

@@ -22,7 +22,9 @@ import ml_collections
 from advprop_jax import models
 from advprop_jax.errors import InputError
 from advprop_jax.method.schemes import SCHEMES, SECOND_VIEW, Scheme
+from advprop_jax.models.network import Network
 from advprop_jax.runtime.fields import FIELDS, Field
+from advprop_jax.runtime.parallel import AXIS
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -99,6 +101,21 @@ def _check_field(path: str, field: Field, value: Any) -> None:
 def create_scheme(config: ml_collections.ConfigDict) -> Scheme:
   """The scheme of a config, with its weights and its pieces."""
   return SCHEMES[config["scheme"]].adjusted(config["loss"]["weights"], config["attack"]["one_in"])
+
+
+def create_network(config: ml_collections.ConfigDict, num_classes: int) -> Network:
+  """The network of a resolved config, to be run on the devices of AXIS, with the scheme's domains.
+
+  Args:
+    config: or its JSON.
+    num_classes: number of logits.
+  """
+  bank = config["model"]
+  return models.create_model(
+      bank["name"], num_classes, create_scheme(config).domains, dtype=bank["dtype"],
+      share_statistics=bank["share_statistics"], share_affine=bank["share_affine"], axis_name=AXIS,
+      group_size=bank["bn_group_size"], dropout_rate=bank["dropout_rate"],
+      drop_path_rate=bank["drop_path_rate"], input_convention=bank["input_convention"])
 
 
 def _check_scheme(values: dict[str, Any], scheme: Scheme) -> None:

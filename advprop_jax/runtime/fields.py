@@ -9,6 +9,7 @@ from advprop_jax import models
 from advprop_jax.data.transforms import AUGMENTATIONS
 from advprop_jax.method import attack, optimizer
 from advprop_jax.method.schemes import SCHEMES
+from advprop_jax.models.conventions import CONVENTIONS
 
 Check = Callable[[Any], str | None]  # a value -> what would do, or None where it will do
 
@@ -53,6 +54,7 @@ class Field:
   check: Check = anything
 
 
+EXPORT_FORMATS = ("timm", "stablehlo", "checkpoint")
 POSITIVE, NOT_NEGATIVE, SHARE = between(1), between(0), between(0, 1)
 
 FIELDS = {
@@ -60,6 +62,11 @@ FIELDS = {
     "seed": Field(0, int, "of weights, data order, attack and dropout", between(0, 2**32 - 1)),
 
     "model.name": Field("efficientnet_b0", str, "network", known_network),
+    "model.pretrained": Field(None, str, "weights to start from: a .safetensors or .pth file, an "
+                              "id on the Hugging Face hub, a workdir, or an exported checkpoint"),
+    "model.input_convention": Field(None, str, "how images are normalised for the first "
+                                    "convolution; not set: as the pretrained weights want it, else "
+                                    "not at all, which is 'inception'", one_of(CONVENTIONS)),
     "model.dtype": Field("float32", str, "compute type", one_of(("float32", "bfloat16"))),
     "model.dropout_rate": Field(None, float, "before the classifier; not set: the network's own",
                                 between(0, 1, open_high=True)),
@@ -97,6 +104,9 @@ FIELDS = {
     "data.test_split": Field("test", str, "split to evaluate on"),
     "data.image_size": Field(None, int, "height and width, pixels; not set: the network's own",
                              POSITIVE),
+    "data.crop_fraction": Field(None, float, "of the shorter side of a test image, that is shown; "
+                                "not set: size / (size + 32) of the network's own size from "
+                                "200 pixels, else 1", between(0.1, 1)),
     "data.batch_size": Field(128, int, "images per update, over all devices", POSITIVE),
     "data.augment": Field("crop_flip", str, "of training images", one_of(AUGMENTATIONS)),
     "data.second_augment": Field(None, str, "of the second view, for fine_grained",
@@ -130,6 +140,9 @@ FIELDS = {
                                          one_of(optimizer.DECAY_FORMS)),
     "optimizer.decay_batch_norm": Field(False, bool, "scales and biases of batch norms decay too"),
 
+    "optimizer.trainable": Field("all", str, "which weights are trained: all, or batch norms and "
+                                 "the classifier alone", one_of(optimizer.TRAINABLE)),
+
     "train.epochs": Field(350.0, float, "length of training", NOT_NEGATIVE),
     "train.steps": Field(None, int, "in place of train.epochs", NOT_NEGATIVE),
     "train.accumulation": Field(1, int, "micro-batches per update", POSITIVE),
@@ -141,7 +154,10 @@ FIELDS = {
     "eval.every_epochs": Field(1.0, float, "between two evaluations on clean images; 0: at the "
                                "end alone", NOT_NEGATIVE),
     "eval.every_steps": Field(None, int, "in place of every_epochs", NOT_NEGATIVE),
-    "eval.checkpoint": Field("newest", str, "of --mode=evaluate", one_of(("newest", "best"))),
+    "eval.checkpoint": Field("newest", str, "of --mode=evaluate and export", one_of(("newest",
+                                                                                      "best"))),
+    "eval.photographs": Field(None, str, "folder of images without labels: --mode=evaluate prints "
+                              "what they show"),
     "eval.attack": Field(None, str, "name of the final attack; not set: the training's",
                          one_of(attack.ATTACKS)),
     "eval.epsilon": Field(None, float, "of the final attack; not set: the training's",
@@ -150,6 +166,11 @@ FIELDS = {
                             NOT_NEGATIVE),
     "eval.num_steps": Field(None, int, "of the final attack; not set: the training's",
                             NOT_NEGATIVE),
+
+    "export.format": Field("timm", str, "of --mode=export", one_of(EXPORT_FORMATS)),
+    "export.dir": Field(None, str, "folder that is written; not set: WORKDIR/export/FORMAT"),
+    "export.weights": Field("averages", str, "moving averages, or the weights as trained; what is "
+                            "exported, and shown photographs", one_of(("averages", "trained"))),
 
     "checkpoint.every_epochs": Field(1.0, float, "between two checkpoints; 0: at the end alone",
                                      NOT_NEGATIVE),

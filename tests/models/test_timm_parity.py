@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from advprop_jax.models import NAMES, create_model
-from advprop_jax.models.weights import from_timm, to_timm
+from advprop_jax.models.weights import from_state_dict, to_timm
 
 pytestmark = pytest.mark.slow
 
@@ -63,7 +63,7 @@ def test_logits_and_names_are_timms(name, timm):
   def assert_agree(train, state_dict):
     with torch.no_grad():
       expected = reference.train(train)(pixels).numpy()
-    logits = apply(from_timm(name, state_dict), jnp.asarray(images), train=train)
+    logits = apply(from_state_dict(name, state_dict), jnp.asarray(images), train=train)
     error = np.abs(logits - expected).max() / np.abs(expected).max()
     assert error < TOLERANCE.get(name, 1e-3)
 
@@ -73,7 +73,7 @@ def test_logits_and_names_are_timms(name, timm):
               if not key.endswith("num_batches_tracked")}
   assert_agree(False, measured)
 
-  written = to_timm(name, from_timm(name, measured))
+  written = to_timm(name, from_state_dict(name, measured))
   assert written.keys() == measured.keys()
   reference.load_state_dict({key: torch.tensor(value) for key, value in written.items()},
                             strict=False)

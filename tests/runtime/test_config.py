@@ -42,7 +42,11 @@ VARIANTS = [(path, variant) for path in FILES for variant in variants(module(pat
 
 
 def load(path, variant=""):
-  return module(path).get_config(variant)
+  """A config; where it would fetch weights to know their input convention, that is given."""
+  config = module(path).get_config(variant)
+  if config.model.pretrained:
+    config.model.input_convention = "imagenet"
+  return config
 
 
 @pytest.mark.parametrize("path", FILES, ids=str)
