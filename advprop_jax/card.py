@@ -13,19 +13,19 @@ from advprop_jax.runtime.config import create_scheme
 from advprop_jax.runtime.metrics import read_json
 from advprop_jax.trained import TrainedNetwork
 
-# format -> (library of the hub, what to read it with).
+# format -> (library of the hub, what it needs, how to read it in three lines).
 _LOADING = {
-    "timm": ("timm", """\
+    "timm": ("timm", "timm", """\
 import timm
 model = timm.create_model("local-dir:DIRECTORY", pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
 """),
-    "stablehlo": ("jax", """\
+    "stablehlo": ("jax", "jax flatbuffers", """\
 import jax.export, pathlib
 network = jax.export.deserialize(pathlib.Path("DIRECTORY/model.stablehlo").read_bytes())
-logits = network.call(images)  # uint8 (n, SIZE, SIZE, 3), RGB
+logits = jax.jit(network.call)(images)  # uint8 (n, SIZE, SIZE, 3), RGB
 """),
-    "checkpoint": ("advprop_jax", """\
+    "checkpoint": ("advprop_jax", "-r requirements.txt", """\
 from advprop_jax.trained import read_exported
 network = read_exported("DIRECTORY")
 logits = network.model.apply(network.deployed, images)  # float32 (n, SIZE, SIZE, 3), in [-1, 1]
@@ -44,7 +44,7 @@ def model_card(network: TrainedNetwork, kind: str, workdir: str) -> str:
   Returns:
     Markdown. Nothing in it is a guess: what is not known is not said.
   """
-  library, loading = _LOADING[kind]
+  library, needed, loading = _LOADING[kind]
   loading = loading.replace("SIZE", str(network.image_size))
   facts = {**_network_facts(network), **(_training_facts(network) if network.config else {})}
   rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
@@ -70,6 +70,8 @@ network.
 {results}
 
 ## Loading
+
+`pip install {needed}`, and with the folder of this file in the place of DIRECTORY:
 
 ```python
 {loading}```

@@ -1,5 +1,6 @@
 """The deployed network, its auxiliary batch norms dropped, in a format that others read."""
 
+import contextlib
 import math
 import os
 import pathlib
@@ -97,7 +98,8 @@ def write_stablehlo(network: TrainedNetwork, folder: pathlib.Path) -> None:
 
   images = jax.ShapeDtypeStruct(
       jax.export.symbolic_shape(f"batch, {size}, {size}, 3"), jnp.uint8)
-  exported = jax.export.export(classify, platforms=PLATFORMS)(images)
+  with _without_paths():
+    exported = jax.export.export(classify, platforms=PLATFORMS)(images)
   (folder / "model.stablehlo").write_bytes(exported.serialize())
   write_json(folder / "preprocessing.json", {
       "input": f"uint8 (batch, {size}, {size}, 3), RGB; normalised inside",
@@ -112,6 +114,17 @@ def write_checkpoint(network: TrainedNetwork, folder: pathlib.Path) -> None:
 
 
 FORMATS = {"timm": write_timm, "stablehlo": write_stablehlo, "checkpoint": write_checkpoint}
+
+
+@contextlib.contextmanager
+def _without_paths():
+  """What is traced meanwhile does not hold where its source code lies on this machine."""
+  limit = jax.config.jax_traceback_in_locations_limit
+  jax.config.update("jax_traceback_in_locations_limit", 0)
+  try:
+    yield
+  finally:
+    jax.config.update("jax_traceback_in_locations_limit", limit)
 
 
 def _class_names(network: TrainedNetwork) -> dict:

@@ -1,5 +1,6 @@
 """What all tests share."""
 
+import json
 import os
 import pathlib
 
@@ -8,6 +9,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import pytest
+import safetensors.numpy
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
@@ -19,3 +21,32 @@ def shared() -> pathlib.Path:
   if not SHARED.exists():
     pytest.skip("needs the folder of references beside the checkout (../shared)")
   return SHARED
+
+
+@pytest.fixture
+def published(tmp_path):
+  """A function that writes weights as timm does, and gives their path."""
+  from advprop_jax.models.weights import to_timm
+  from tests.small_run import random_variables
+
+  def write(classes=10, description=None, name="weights.safetensors"):
+    folder = tmp_path / f"published_{classes}_{name}"
+    folder.mkdir(exist_ok=True)
+    safetensors.numpy.save_file(to_timm("one_block", random_variables(classes)), folder / name)
+    if description is not None:
+      (folder / "config.json").write_text(json.dumps(description))
+    return str(folder / name)
+
+  return write
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory):
+  """(config, workdir) of a run of two steps; not to be changed."""
+  from advprop_jax.train import train
+  from tests.small_run import make_config
+
+  workdir = str(tmp_path_factory.mktemp("run"))
+  config = make_config({"train.ema_decay": 0.5, "optimizer.learning_rate": 0.5})
+  train(config, workdir)
+  return config, workdir

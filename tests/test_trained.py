@@ -1,6 +1,5 @@
 """Networks from runs, exports and published files, and what a training makes of them."""
 
-import json
 import os
 
 import jax
@@ -17,59 +16,8 @@ from advprop_jax.evaluate import evaluate
 from advprop_jax.experiment import create_experiment, initial_state, resolve
 from advprop_jax.method.step import to_model_units
 from advprop_jax.models.weights import from_state_dict, to_timm
-from advprop_jax.runtime.config import default_config
 from advprop_jax.train import train
-from tests import one_block
-
-
-@pytest.fixture(autouse=True)
-def _registered():
-  one_block.register()
-
-
-def make_config(changes=None, **more):
-  config = default_config()
-  settings = {"model.name": "one_block", "scheme": "advprop", "data.train_split": "train[:40]",
-              "data.test_split": "test[:12]", "data.batch_size": 20, "eval.batch_size": 12,
-              "attack.num_steps": 1, "train.steps": 2, **(changes or {}), **more}
-  for path, value in settings.items():
-    *sections, name = path.split(".")
-    section = config
-    for key in sections:
-      section = section[key]
-    section[name] = value
-  return config
-
-
-def random_variables(classes=10, domains=("clean",)):
-  model = models.create_model("one_block", classes, domains)
-  shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 28, 28, 3)))
-  rng = np.random.default_rng(classes)
-  return jax.tree.map(lambda leaf: rng.uniform(0.5, 1.5, leaf.shape).astype(np.float32), shapes)
-
-
-@pytest.fixture
-def published(tmp_path):
-  """A function that writes weights as timm does, and gives their path."""
-  def write(classes=10, description=None, name="weights.safetensors"):
-    folder = tmp_path / f"published_{classes}_{name}"
-    folder.mkdir(exist_ok=True)
-    safetensors.numpy.save_file(to_timm("one_block", random_variables(classes)), folder / name)
-    if description is not None:
-      (folder / "config.json").write_text(json.dumps(description))
-    return str(folder / name)
-
-  return write
-
-
-@pytest.fixture(scope="session")
-def run(tmp_path_factory):
-  """(config, workdir) of a run of two steps."""
-  one_block.register()
-  workdir = str(tmp_path_factory.mktemp("run"))
-  config = make_config({"train.ema_decay": 0.5, "optimizer.learning_rate": 0.5})
-  train(config, workdir)
-  return config, workdir
+from tests.small_run import make_config, random_variables
 
 
 def flat(tree):

@@ -4,6 +4,7 @@ Whatever `config.model.pretrained` names is found here and read as {tensor name:
 with the JSON that describes it where there is one.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -23,8 +24,9 @@ HUB_FILES = (SAFETENSORS, "pytorch_model.bin")   # the first that a repository h
 DESCRIPTION = "config.json"                      # as timm writes it to the hub
 TORCH_ENDINGS = (".pth", ".pt", ".bin", ".tar", ".ckpt")
 
-# "owner/name", perhaps with the prefix that timm gives it and a revision.
-_HUB_ID = re.compile(r"(?:hf[-_]hub:)?(?P<repository>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
+# "owner/name", perhaps with the prefix that timm gives it and a revision; "./name" is a path.
+_HUB_ID = re.compile(
+    r"(?:hf[-_]hub:)?(?P<repository>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>[\w./-]+))?")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,15 +54,20 @@ def find(source: str) -> WeightFiles:
   Raises:
     InputError: there is no such file, or the hub cannot be reached.
   """
-  path = pathlib.Path(source).expanduser()
-  if path.is_dir():
+  try:
+    path = pathlib.Path(source).expanduser()
+    is_folder, is_there = path.is_dir(), path.exists()
+  except (OSError, RuntimeError) as error:   # a name too long, a folder closed to us, no such ~user
+    raise InputError(f"config.model.pretrained={source!r}: cannot be looked for "
+                     f"({getattr(error, 'strerror', None) or error}); give another path") from error
+  if is_folder:
     present = [path / name for name in HUB_FILES if (path / name).exists()]
     if not present:
       raise InputError(f"config.model.pretrained={source!r}: the folder holds neither a run or an "
                        f"export of this program nor {' or '.join(HUB_FILES)}; give a file, or "
                        "another folder")
     return WeightFiles(present[0], present[0].name, _description(path / DESCRIPTION))
-  if path.exists():
+  if is_there:
     return WeightFiles(path, path.name, _description(path.with_name(DESCRIPTION)))
   found = _HUB_ID.fullmatch(source)
   if not found or path.suffix in (".safetensors", *TORCH_ENDINGS):
@@ -80,72 +87,104 @@ def read_tensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
   Raises:
     InputError: it is neither, or not whole.
   """
+  path = pathlib.Path(path)
+  try:
+    return _read(path)
+  except InputError as error:
+    reason = str(error).removeprefix(f"{path}: ")
+    raise InputError(f"config.model.pretrained={str(path)!r}: {reason}") from error
+
+
+def _read(path: pathlib.Path) -> dict[str, np.ndarray]:
   try:
     with open(path, "rb") as file:
       start = file.read(9)
   except OSError as error:
-    raise InputError(f"config.model.pretrained={str(path)!r}: cannot be read ({error.strerror}); "
-                     "give a file that can") from error
+    raise InputError(f"cannot be read ({error.strerror}); give a file that can") from error
   # Eight bytes of the header's length, and the header is JSON.
-  if start[8:] != b"{" and pathlib.Path(path).suffix != ".safetensors":
-    return read_torch_file(path)
+  if start[8:] != b"{":
+    try:
+      return read_torch_file(path)
+    except InputError as error:
+      if path.suffix != ".safetensors":
+        raise
+      reason = str(error).removeprefix(f"{path}: ")
+      raise InputError(f"it is no safetensors file, and {reason}") from error
   try:
     with safetensors.safe_open(path, framework="numpy") as file:
       tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
   except (safetensors.SafetensorError, OSError, TypeError, ValueError, KeyError,
           AttributeError) as error:
-    raise InputError(f"config.model.pretrained={str(path)!r}: is no whole safetensors file "
-                     f"({str(error).strip() or type(error).__name__}); copy or download it "
-                     "again") from error
+    raise InputError(f"it is no whole safetensors file ({_first_line(error)}); copy or download "
+                     "it again") from error
   return state_dict_of(tensors)
 
 
 def _description(path: pathlib.Path) -> dict[str, Any]:
   try:
-    content = json.loads(path.read_text())
+    content = json.loads(path.read_text(encoding="utf-8"))
   except OSError:
     return {}
-  except ValueError as error:
+  except (ValueError, RecursionError) as error:
     raise InputError(f"config.model.pretrained: {str(path)!r} beside the weights is no JSON "
                      f"({error}); mend or remove it") from error
   return content if isinstance(content, dict) else {}
 
 
 def _from_hub(source: str, repository: str, revision: str | None) -> WeightFiles:
-  import huggingface_hub as hub  # half a second, for those alone who need it
-  from huggingface_hub import errors
+  from huggingface_hub import constants, errors  # here, for those alone who need the hub
+
+  asked, endpoint = f"config.model.pretrained={source!r}", constants.ENDPOINT
 
   def fetch(name):
     try:
-      return pathlib.Path(hub.hf_hub_download(repository, name, revision=revision))
-    except errors.LocalEntryNotFoundError:   # also an EntryNotFoundError, but of the cache
-      raise
-    except errors.EntryNotFoundError:
-      return None
+      return _fetch(repository, name, revision)
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError,
+            errors.HFValidationError) as error:
+      raise InputError(f"{asked}: there is no such path, and the hub {endpoint} has no such "
+                       f"repository or revision for you ({_first_line(error)}); look at its "
+                       "spelling, or log in with `hf auth login`") from error
+    except Exception as error:   # of the network, in whatever form the hub's library meets it
+      raise InputError(
+          f"{asked}: {name} of {repository} is not in the hub's cache "
+          f"({constants.HF_HUB_CACHE}), and {endpoint} was tried and did not give it "
+          f"({_first_line(error)}); a local path works too: fetch the file where there is a "
+          "network, and give its path") from error
 
-  asked = f"config.model.pretrained={source!r}"
-  try:
-    found = next(filter(None, map(fetch, HUB_FILES)), None)
-    description = fetch(DESCRIPTION) if found else None
-  except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError,
-          errors.HFValidationError) as error:
-    raise InputError(f"{asked}: the hub {hub.constants.ENDPOINT} has no such repository or "
-                     f"revision for you ({_first_line(error)}); look at its spelling, or log in "
-                     "with `hf auth login`") from error
-  except Exception as error:   # of the network, in whatever form the hub's library meets it
-    raise InputError(
-        f"{asked}: {HUB_FILES[0]} of {repository} is not in the hub's cache "
-        f"({hub.constants.HF_HUB_CACHE}), and {hub.constants.ENDPOINT} was tried and did not give "
-        f"it ({_first_line(error)}); a local path works too: fetch the file where there is a "
-        "network, and give its path") from error
+  found = next(filter(None, map(fetch, HUB_FILES)), None)
   if found is None:
-    raise InputError(f"{asked}: the repository holds none of {', '.join(HUB_FILES)}; give another")
+    raise InputError(f"{asked}: the repository holds neither {' nor '.join(HUB_FILES)}; give "
+                     "another")
+  description = fetch(DESCRIPTION)
   return WeightFiles(found, repository, _description(description) if description else {})
 
 
-def _first_line(error: Exception) -> str:
-  cause = error
-  while cause.__cause__ or cause.__context__:
-    cause = cause.__cause__ or cause.__context__
-  lines = [str(each).strip().splitlines()[:1] for each in (error, cause)]
-  return next((line[0][:200] for line in reversed(lines) if line), type(error).__name__)
+def _fetch(repository: str, name: str, revision: str | None) -> pathlib.Path | None:
+  """The path of a file, now in the hub's cache; None where the repository has no such file."""
+  import huggingface_hub as hub
+  from huggingface_hub import errors
+
+  file = {"repo_id": repository, "filename": name, "revision": revision}
+  try:
+    # Where nobody answers, the download alone would go on asking for half a minute.
+    with contextlib.suppress(errors.HfHubHTTPError):
+      hub.get_hf_file_metadata(hub.hf_hub_url(**file))
+    return pathlib.Path(hub.hf_hub_download(**file))
+  except errors.RemoteEntryNotFoundError:
+    return None
+  except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError):
+    raise
+  except Exception:
+    cached = hub.try_to_load_from_cache(**file)
+    if cached is None:   # else it is a path, or the mark of a file that the repository has not
+      raise
+    return pathlib.Path(cached) if isinstance(cached, str) else None
+
+
+def _first_line(error: BaseException) -> str:
+  """What the first of a chain of errors says."""
+  chain = [error]
+  while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
+    chain.append(cause)
+  lines = str(chain[-1]).strip().splitlines()
+  return lines[0][:200] if lines else type(chain[-1]).__name__

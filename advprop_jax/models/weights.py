@@ -26,6 +26,7 @@ from advprop_jax.models import NAMES, canonical_name, create_model, tensor_names
 from advprop_jax.models.batch_norm import drop_auxiliary, main_path
 
 _SHOWN = 10  # differences that an error message lists
+_USUAL_CLASSES = 1000
 
 # Our leaf -> timm's leaf, in every dialect.
 _LEAVES = {
@@ -145,12 +146,12 @@ def looks_like(state_dict: Mapping[str, np.ndarray]) -> str | None:
   def likeness(name):
     dialect = tensor_names.dialect_of(name, found)
     expected = _without_classifier({pair.theirs: pair.their_shape
-                                    for pair in _pairs_for(name, dialect, state_dict)})
+                                    for pair in _pairs(name, dialect, _USUAL_CLASSES)})
     common = sum(found.get(key) == shape for key, shape in expected.items())
     return common / max(len(found.keys() | expected.keys()), 1)
 
-  best = max(NAMES, key=likeness)
-  return best if likeness(best) > 0.9 else None
+  best, name = max((likeness(name), name) for name in NAMES)
+  return name if best > 0.9 else None
 
 
 def published_convention(name: str, file: str, state_dict: Mapping) -> str | None:
@@ -219,7 +220,7 @@ def _pairs_for(name: str, dialect: str, tensors: Mapping[str, np.ndarray]) -> tu
 
 def _length(bias: np.ndarray | None) -> int:
   """Of the classifier's bias; without one, which is then said to be missing, a usual number."""
-  return 1000 if bias is None or not np.shape(bias) else len(bias)
+  return _USUAL_CLASSES if bias is None or not np.shape(bias) else len(bias)
 
 
 def _relevant(state_dict: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -1,12 +1,18 @@
 """Every published network against timm itself; needs torch and timm, which are no requirement."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from advprop_jax import trained
+from advprop_jax.export import write_timm
 from advprop_jax.models import NAMES, create_model
-from advprop_jax.models.weights import from_state_dict, to_timm
+from advprop_jax.models.weights import from_state_dict, timm_name, to_timm
+from advprop_jax.predict import classifier
+from tests.models.test_published import weights_file
 
 pytestmark = pytest.mark.slow
 
@@ -77,3 +83,51 @@ def test_logits_and_names_are_timms(name, timm):
   assert written.keys() == measured.keys()
   reference.load_state_dict({key: torch.tensor(value) for key, value in written.items()},
                             strict=False)
+
+
+@pytest.mark.parametrize("name", ["efficientnet_lite0", "efficientnet_b0", "resnet50"])
+def test_an_export_is_timms(name, timm, tmp_path):
+  """Exported from here, loaded by timm both ways that the card and the hub's users know.
+
+  Fails where a tensor, the classes or the preprocessing get lost on the way. The weights are those
+  of a Lite network trained on ImageNet, and random ones of timm's.
+  """
+  import safetensors.torch
+  import torch
+  pixels = np.random.default_rng(0).integers(0, 256, (3, 224, 224, 3), np.uint8)
+  if name == "efficientnet_lite0":
+    network = trained.read(str(weights_file(name)), name)
+  else:
+    _, weights = make_reference(timm, name)
+    reference = timm.create_model(timm_name(name))
+    reference.load_state_dict(
+        {key: torch.tensor(value) for key, value in weights.items()}, strict=False)
+    with torch.no_grad():  # the running statistics of these images, as above
+      for module in reference.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+          module.momentum = 1.0
+      mean, std = reference.default_cfg["mean"], reference.default_cfg["std"]
+      reference.train()(torch.tensor(((pixels / 255 - mean) / std).transpose(0, 3, 1, 2)).float())
+    torch.save(reference.state_dict(), tmp_path / "in.pth")
+    (tmp_path / "config.json").write_text(json.dumps(reference.default_cfg, default=str))
+    network = trained.read(str(tmp_path / "in.pth"), name)
+  folder = tmp_path / "out"
+  folder.mkdir()
+  write_timm(network, folder)
+
+  ours = classifier(network)(pixels)
+  by_folder = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+  by_name = timm.create_model(timm_name(name), num_classes=1000).eval()
+  by_name.load_state_dict(safetensors.torch.load_file(folder / "model.safetensors"))
+  settings = timm.data.resolve_model_data_config(by_folder)
+  mean, std = (np.array(settings[key], np.float32) for key in ("mean", "std"))
+  images = torch.tensor(((pixels / 255 - mean) / std).transpose(0, 3, 1, 2), dtype=torch.float32)
+  with torch.no_grad():
+    for theirs in (by_folder(images), by_name(images)):
+      error = np.abs(ours - theirs.numpy()).max()
+      print(f"{name}: largest logit {np.abs(ours).max():.2f}, largest error {error:.1e}")
+      assert error < 1e-4 * max(1, np.abs(ours).max())
+  assert by_folder.pretrained_cfg["label_names"][0] == "n01440764"
+  assert tuple(settings["input_size"]) == (3, 224, 224)
+  assert settings["crop_pct"] == pytest.approx(network.crop_fraction, abs=1e-4)
+  assert settings["interpolation"] == "bicubic"

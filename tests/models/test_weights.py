@@ -11,12 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 from flax import traverse_util
 
+from advprop_jax import trained
 from advprop_jax.errors import InputError
+from advprop_jax.export import write_timm
 from advprop_jax.models import NAMES, create_model
 from advprop_jax.models.batch_norm import BatchNorm
-from advprop_jax.models.weights import from_state_dict, to_timm
+from advprop_jax.models.weights import from_state_dict, looks_like, to_timm
 
 GOLDEN = [
     "tf_efficientnet_lite0",
@@ -96,6 +99,22 @@ def test_golden_logits(name, shared):
 
   evaluated = jax.jit(model.apply)(from_state_dict(name, {**weights, **statistics}), images)
   assert_agree(evaluated, reference["eval_logits"])
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_golden_weights_through_files(name, shared, tmp_path):
+  """A published file in, timm's format out: no bit is lost, and no name or shape is another."""
+  golden, reference = load_golden(shared, name)
+  weights = golden.weights(json.loads(str(reference["shapes"])))
+  safetensors.numpy.save_file(weights, tmp_path / "in.safetensors")
+  (tmp_path / "config.json").write_text(json.dumps({"mean": [0.5] * 3, "std": [0.5] * 3}))
+  network = trained.read(str(tmp_path / "in.safetensors"), name)
+  write_timm(network, tmp_path)
+  back = safetensors.numpy.load_file(tmp_path / "model.safetensors")
+  assert sorted(back) == sorted(weights)
+  for key, value in weights.items():
+    np.testing.assert_array_equal(back[key], value, strict=True)
+  assert json.loads((tmp_path / "config.json").read_text())["architecture"] == name
 
 
 def test_names_and_shapes_are_those_of_the_reference(shared):
@@ -178,3 +197,11 @@ def test_variables_of_another_network_are_refused():
   variables = from_state_dict("efficientnet_tiny", random_state_dict("efficientnet_tiny"))
   with pytest.raises(InputError, match=r"do not fit efficientnet_b0.*is missing"):
     to_timm("efficientnet_b0", variables)
+
+
+def test_networks_are_told_by_their_tensors():
+  """Whatever the classes, and with a few tensors missing; fails where all look like one."""
+  for name in ("efficientnet_b1", "efficientnet_lite2", "resnet101"):
+    weights = random_state_dict(name, num_classes=3)
+    assert looks_like(dict(list(weights.items())[5:])) == name
+  assert looks_like({"a": np.zeros(3)}) is None
