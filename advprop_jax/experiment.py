@@ -217,15 +217,17 @@ def open_network(config: ml_collections.ConfigDict, workdir: str) -> trained.Tra
   Raises:
     InputError: bad config, or neither is there or can be read.
   """
-  config = resolve(config, workdir)
+  given, config = config, resolve(config, workdir)
   if trained.has_checkpoints(workdir):
     refuse_other_config(config, read_config(workdir), workdir, ignored=LATER)
     return trained.read_run(workdir, config.eval.checkpoint, config.export.weights)
   if config.model.pretrained is None:
     raise InputError(f"--workdir={workdir}: {trained.NOTHING}")
   network = trained.read(config.model.pretrained, config.model.name)
-  return dataclasses.replace(network, input_convention=config.model.input_convention,
-                             dtype=config.model.dtype)
+  size, crop = given.data.image_size, given.data.crop_fraction
+  return dataclasses.replace(
+      network, input_convention=config.model.input_convention, dtype=config.model.dtype,
+      image_size=size or network.image_size, crop_fraction=crop or network.crop_fraction)
 
 
 def _input_convention(config, workdir):

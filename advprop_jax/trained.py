@@ -189,28 +189,50 @@ def read_classes(workdir: str) -> tuple[str, ...]:
 
 def _published(source: str, name: str) -> TrainedNetwork:
   files = weight_files.find(source)
-  described = files.description
-  facts = {**described, **described.get("pretrained_cfg", {})}
-  architecture = facts.get("architecture")
-  if architecture and str(architecture).removeprefix("tf_") in models.NAMES:
-    _require_network(source, name, models.canonical_name(architecture))
   try:
+    facts = _described(files.description)
+    if facts["architecture"]:
+      _require_network(source, name, facts["architecture"])
     tensors = weight_files.read_tensors(files.tensors)
     variables = weights.from_state_dict(name, tensors)
-    convention = (convention_named(facts["mean"], facts["std"]) if {"mean", "std"} <= facts.keys()
+    convention = (convention_named(facts["mean"], facts["std"]) if facts["mean"] and facts["std"]
                   else weights.published_convention(name, files.name, tensors))
   except InputError as error:
-    prefix = f"config.model.pretrained={source!r}: "
-    raise InputError(prefix + str(error).removeprefix(prefix)) from error
-  size = facts.get("input_size", [None])[-1] or models.image_size(name)
+    if str(error).startswith("config."):
+      raise
+    raise InputError(f"config.model.pretrained={source!r}: {error}") from error
   classes = weights.num_classes(variables)
-  names = facts.get("label_names") or (imagenet.WNIDS if classes == len(imagenet.WNIDS) else None)
+  names = facts["label_names"] or (imagenet.WNIDS if classes == len(imagenet.WNIDS) else ())
   return TrainedNetwork(
       name=models.canonical_name(name), variables=variables, input_convention=convention,
-      class_names=tuple(names) if isinstance(names, list | tuple) and len(names) == classes
-      else None, image_size=size,
-      crop_fraction=facts.get("crop_pct") or published_crop(models.image_size(name)),
+      class_names=tuple(map(str, names)) if len(names) == classes else None,
+      image_size=facts["input_size"] or models.image_size(name),
+      crop_fraction=facts["crop_pct"] or published_crop(models.image_size(name)),
       source=files.name)
+
+
+def _described(description: dict[str, Any]) -> dict[str, Any]:
+  """What timm's JSON says of a network, None for what it does not say.
+
+  Raises:
+    InputError: something in it is not of the form that timm writes.
+  """
+  inner = description.get("pretrained_cfg")
+  facts = {**description, **(inner if isinstance(inner, dict) else {})}
+  architecture = str(facts.get("architecture")).removeprefix("tf_")
+  try:
+    size = facts.get("input_size")
+    crop = facts.get("crop_pct")
+    return {
+        "architecture": architecture if architecture in models.NAMES else None,
+        "mean": facts.get("mean") and tuple(map(float, facts["mean"])),
+        "std": facts.get("std") and tuple(map(float, facts["std"])),
+        "input_size": size and int(size[-1]),
+        "crop_pct": crop and min(max(float(crop), 0.1), 1.0),
+        "label_names": tuple(facts.get("label_names") or ())}
+  except (TypeError, ValueError, LookupError) as error:
+    raise InputError(f"the {weight_files.DESCRIPTION} beside it is not as timm writes it "
+                     f"({error}); mend or remove it") from error
 
 
 def _require_network(source: str, name: str, found: str) -> None:

@@ -90,3 +90,13 @@ def test_neither_a_run_nor_weights(photographs, tmp_path):
   config = make_config({"eval.photographs": str(photographs)})
   with pytest.raises(InputError, match=r"--workdir=.*no checkpoint.*config.model.pretrained"):
     predict(config, str(tmp_path / "none"))
+
+
+def test_another_size_of_images_can_be_asked_for(published):
+  """Fails where the size of a config, or that of the weights' JSON, is dropped."""
+  path = published(description={"input_size": [3, 40, 40], "crop_pct": 0.8})
+  settings = {"model.pretrained": path, "model.input_convention": "inception"}
+  network = open_network(make_config(settings), "none")
+  assert (network.image_size, network.crop_fraction) == (40, 0.8)
+  network = open_network(make_config(settings, **{"data.image_size": 36}), "none")
+  assert (network.image_size, network.crop_fraction) == (36, 0.8)
