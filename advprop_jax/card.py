@@ -11,7 +11,7 @@ from advprop_jax.experiment import training_attack
 from advprop_jax.models.conventions import CONVENTIONS
 from advprop_jax.runtime.config import create_scheme
 from advprop_jax.runtime.metrics import read_json
-from advprop_jax.trained import TrainedNetwork
+from advprop_jax.trained import TrainedNetwork, public_name
 
 # format -> (library of the hub, what it needs, how to read it in three lines).
 _LOADING = {
@@ -49,17 +49,19 @@ def model_card(network: TrainedNetwork, kind: str, workdir: str) -> str:
   facts = {**_network_facts(network), **(_training_facts(network) if network.config else {})}
   rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
   results = "\n\n".join(_results(network, workdir)) or "None were measured by this program."
+  scheme = network.config and network.config["scheme"]
+  tag = "\n- advprop" if scheme and "advprop" in scheme else ""
+  origin = ("Only the main batch norms are kept: it is the\nstandard network." if scheme else
+            "It did not train this network: the\nweights are published ones, as they were found.")
   return f"""---
 library_name: {library}
 tags:
-- image-classification
-- advprop
+- image-classification{tag}
 ---
 # {network.name}
 
-Exported by advprop_jax {__version__}, which trains networks by
-[AdvProp](https://arxiv.org/abs/1911.09665). Only the main batch norms are kept: it is the standard
-network.
+Exported by advprop_jax {__version__}, a program for
+[AdvProp](https://arxiv.org/abs/1911.09665). {origin}
 
 | | |
 |---|---|
@@ -99,12 +101,12 @@ def _training_facts(network: TrainedNetwork) -> dict[str, str]:
   facts = {
       "scheme": f"{config.scheme}: {scheme}",
       "attack": f"{attack} (0-255 units), {attack.statistics} statistics",
-      "data": f"{config.data.name}, {config.data.train_split}; augmentation "
-              f"{config.data.augment}",
+      "data": f"{config.data.name}, {config.data.train_split}; crop {config.data.crop}, "
+              f"augmentation {config.data.augment}",
       "training": f"{network.step:,} updates of {config.data.batch_size} images, {settings.name}, "
                   f"learning rate {settings.learning_rate:g}, {settings.schedule}; trained: "
                   f"{settings.trainable}; seed {config.seed}",
-      "started from": start and _public(start)}
+      "started from": start and public_name(start)}
   if not any(part.attacked for part in scheme.made):
     del facts["attack"]
   return {name: value for name, value in facts.items() if value is not None}
@@ -117,11 +119,6 @@ def _results(network: TrainedNetwork, workdir: str):
     if network.config and summary.get("step") == network.step and (
         summary["weights"] in network.source):
       yield f"```\n{results_table(summary)}\n```"
-
-
-def _public(source: str) -> str:
-  """An id on the hub, or the name of a file without where it lies on this machine."""
-  return os.path.basename(source.rstrip("/")) if os.path.exists(source) else source
 
 
 def _brief(values: tuple[float, ...]) -> str:

@@ -10,24 +10,17 @@ import jax
 import ml_collections
 
 from advprop_jax import predict, report
-from advprop_jax.data import loader, sources, transforms
+from advprop_jax.data import loader
 from advprop_jax.errors import InputError
-from advprop_jax.experiment import (
-  LATER,
-  Experiment,
-  create_experiment,
-  fresh_state,
-  initial_state,
-  read_config,
-  refuse_other_config,
-)
+from advprop_jax.experiment import Experiment, create_experiment, fresh_state, initial_state
 from advprop_jax.method.attack import Attack
 from advprop_jax.method.state import TrainState
 from advprop_jax.method.step import Method, eval_step
 from advprop_jax.runtime import parallel
 from advprop_jax.runtime.checkpoint import Checkpoints
 from advprop_jax.runtime.metrics import table, write_json
-from advprop_jax.trained import BEST_METRIC, NOTHING, has_checkpoints
+from advprop_jax.runtime.workdir import LATER, make_workdir, read_config, refuse_other_config
+from advprop_jax.trained import BEST_METRIC, NOTHING, has_begun
 
 CLEAN = "clean"
 MAIN, AUXILIARY = "adversarial, main BN", "adversarial, auxiliary BN"
@@ -39,41 +32,42 @@ class Evaluator:
 
   Attributes:
     step: (variables, sharded batch) -> sums, pmapped.
-    source: the records to be counted, each once.
-    batch_size: over all devices.
-    transform: of its images.
+    batches: of the records to be counted, each once.
+    images: how many these are.
   """
 
   step: Callable
-  source: sources.Source
-  batch_size: int
-  transform: transforms.EvaluationTransform
+  batches: loader.EvaluationBatches
+  images: int
 
   def __call__(self, variables: dict) -> dict[str, float]:
     """{"top1" in [0, 1], "loss" in nats, "images"} of a model's variables."""
-    batches = loader.evaluation_batches(
-        self.source, batch_size=self.batch_size,
-        transform=self.transform,
-        process_index=jax.process_index(), process_count=jax.process_count())
-    sums = [self._step(variables, batch) for batch in batches]
+    sums, running = [], []
+    for batch in self.batches:
+      running.append(self.step(variables, parallel.shard(batch)))
+      # One step late, so that the next batch is made and travels while this one is computed.
+      while len(running) > (not parallel.wait_each_step()):
+        sums.append(jax.device_get(running.pop(0)))
+    sums += jax.device_get(running)
     total = {name: float(sum(each[name] for each in sums)) for name in ("count", "correct", "loss")}
-    if total["count"] != len(self.source):
-      raise AssertionError(f"{total['count']} images counted, {len(self.source)} are there")
+    if total["count"] != self.images:
+      raise AssertionError(f"{total['count']} images counted, {self.images} are there")
     return {"top1": total["correct"] / total["count"], "loss": total["loss"] / total["count"],
             "images": int(total["count"])}
-
-  def _step(self, variables, batch):
-    return jax.device_get(self.step(variables, parallel.shard(batch)))
 
 
 def create_evaluators(experiment: Experiment) -> dict[str, Evaluator | None]:
   """An evaluator for each kind of accuracy; None where the network has no such batch norms."""
   method, config = experiment.method, experiment.config
+  batches = loader.evaluation_batches(
+      experiment.test_source, batch_size=config.eval.batch_size,
+      transform=experiment.evaluation_transform,
+      process_index=jax.process_index(), process_count=jax.process_count(),
+      num_workers=config.data.num_workers, num_threads=config.data.num_threads)
 
   def evaluator(domain: str, attack: Attack | None) -> Evaluator:
     step = functools.partial(eval_step, method, domain=domain, attack=attack)
-    return Evaluator(parallel.pmap(step), experiment.test_source, config.eval.batch_size,
-                     experiment.evaluation_transform)
+    return Evaluator(parallel.pmap(step), batches, len(experiment.test_source))
 
   auxiliary = attacked_domain(method)
   return {CLEAN: evaluator(method.scheme.domains[0], None),
@@ -106,9 +100,9 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict:
   if config.get("eval") and config.eval.get("photographs") is not None:
     return predict.predict(config, workdir)
   experiment = create_experiment(config, workdir)
-  if not has_checkpoints(workdir) and experiment.config.model.pretrained is not None:
+  if not has_begun(workdir) and experiment.config.model.pretrained is not None:
+    make_workdir(workdir)
     state, step = published_state(experiment), 0
-    os.makedirs(workdir, exist_ok=True)
   else:
     state, step = trained_state(experiment, workdir)
   evaluators = create_evaluators(experiment)

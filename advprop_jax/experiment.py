@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import ml_collections
 
 from advprop_jax import models, trained
-from advprop_jax.data import folder, sources
+from advprop_jax.data import folder, imagenet_folder, sources
 from advprop_jax.data.transforms import (
   EvaluationTransform,
   evaluation_transform,
@@ -26,13 +26,12 @@ from advprop_jax.runtime import parallel
 from advprop_jax.runtime.config import (
   create_network,
   create_scheme,
-  differences,
   duration,
+  flatten,
   validate,
 )
 from advprop_jax.runtime.metrics import read_json
-
-LATER = ("eval", "export", "checkpoint")   # sections of a config that may change during a run
+from advprop_jax.runtime.workdir import LATER, read_config, refuse_other_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +91,7 @@ def create_experiment(config: ml_collections.ConfigDict, workdir: str | None = N
     InputError: a config or data that cannot work.
   """
   config = resolve(config, workdir)
-  train_source = open_split(config.data, config.data.train_split)
+  train_source = open_split(config.data, config.data.train_split, training=True)
   test_source = open_split(config.data, config.data.test_split)
   num_classes = train_source.num_classes
   _check_classes(config, train_source.class_names, test_source.class_names)
@@ -107,11 +106,7 @@ def create_experiment(config: ml_collections.ConfigDict, workdir: str | None = N
   if not total_steps and config.train.steps is None and config.train.epochs:
     raise InputError(f"config.train.epochs={config.train.epochs:g}: less than one step of "
                      f"{config.data.batch_size} images; give at least {1 / steps:.2g}, or 0")
-  schedule = optimizer.SCHEDULES[config.optimizer.schedule](
-      config.optimizer.learning_rate, total_steps,
-      warmup=duration(config.optimizer, "warmup", steps),
-      decay_rate=config.optimizer.decay_rate,
-      decay=max(duration(config.optimizer, "decay", steps), 1))
+  schedule = create_schedule(config.optimizer, steps, total_steps)
   attack = training_attack(config, steps)
   return Experiment(
       config=config, train_source=train_source, test_source=test_source,
@@ -131,10 +126,16 @@ def _check_classes(config, train_names, test_names):
         "the same classes")
 
 
-def open_split(data: ml_collections.ConfigDict, split: str) -> sources.Source:
-  """Opens a split of what `config.data` names: class folders, the bundled set or TFDS data."""
+def open_split(data: ml_collections.ConfigDict, split: str, training: bool = False
+               ) -> sources.Source:
+  """Opens a split of what `config.data` names: class folders, the bundled set or TFDS data.
+
+  With `training`, a split of ImageNet has to have all of its classes.
+  """
   if data.name == "folder":
     return folder.open_folder(data.dir, split, data.broken)
+  if data.name == imagenet_folder.NAME:
+    return imagenet_folder.open_imagenet(data.dir, split, data.broken, training=training)
   return sources.open_source(data.name, data.dir, split)
 
 
@@ -160,9 +161,12 @@ class Origin:
   def __str__(self) -> str:
     if self.network is None:
       return "fresh"
-    return self.network.source + ("" if self.keeps_classifier else (
-        f"; its classifier, of {self.network.num_classes} other classes, is left out: that of the "
-        "data's classes starts fresh, at zero"))
+    if not self.keeps_classifier:
+      return (f"{self.network.source}; its classifier, of {self.network.num_classes} other "
+              "classes, is left out: that of the data's classes starts fresh, at zero")
+    unnamed = "" if self.network.class_names else (
+        "; its classes have no names, and are taken to be the data's")
+    return self.network.source + unnamed
 
 
 def initial_state(experiment: Experiment) -> tuple[TrainState, Origin]:
@@ -194,21 +198,39 @@ def resolve(config: ml_collections.ConfigDict,
     InputError: the config cannot work, or its pretrained weights cannot be read.
   """
   config = ml_collections.ConfigDict(config).copy_and_resolve_references()
-  if config.get("model") and config.get("data") and (
-      str(config.model.get("name")).removeprefix("tf_") in models.NAMES):
-    size = models.image_size(config.model.name)
-    if config.data.get("image_size") is None:
-      config.data.image_size = size
-    if config.data.get("crop_fraction") is None:
-      config.data.crop_fraction = published_crop(size)
   validate(config, jax.device_count())
-  if config.model.input_convention is None:
-    config.model.input_convention = _input_convention(config, workdir)
+  known = _of_weights(config, workdir)
+  for path, value in known.items():
+    section, field = path.split(".")
+    if config[section][field] is None:
+      config[section][field] = value
+  validate(config, jax.device_count())
   return ml_collections.FrozenConfigDict(config)
 
 
+def _of_weights(config, workdir):
+  """What weights say of themselves, {field: value}.
+
+  It is taken from the run that has begun, or from the weights that it is to begin with; without
+  any, from the network as it is published.
+  """
+  published = {"data.image_size": models.image_size(config.model.name),
+               "data.crop_fraction": published_crop(models.image_size(config.model.name)),
+               "model.input_convention": "inception"}
+  if config.model.pretrained is None:
+    return published
+  run = flatten(read_json(os.path.join(workdir, "config.json"))) if workdir else {}
+  if run.get("model.pretrained") == config.model.pretrained:
+    return {path: run.get(path) for path in published}
+  if None not in map(flatten(config.to_dict()).get, published):
+    return {}
+  network = trained.read(config.model.pretrained, config.model.name)
+  return {"data.image_size": network.image_size, "data.crop_fraction": network.crop_fraction,
+          "model.input_convention": config.model.input_convention or network.convention}
+
+
 def open_network(config: ml_collections.ConfigDict, workdir: str) -> trained.TrainedNetwork:
-  """What a run has trained, or what `config.model.pretrained` names where no run has begun.
+  """What a run has trained, or what `config.model.pretrained` names where none has begun.
 
   Args:
     config: that of the run; LATER sections may differ.
@@ -217,27 +239,39 @@ def open_network(config: ml_collections.ConfigDict, workdir: str) -> trained.Tra
   Raises:
     InputError: bad config, or neither is there or can be read.
   """
-  given, config = config, resolve(config, workdir)
-  if trained.has_checkpoints(workdir):
+  config = resolve(config, workdir)
+  if trained.has_begun(workdir):
     refuse_other_config(config, read_config(workdir), workdir, ignored=LATER)
     return trained.read_run(workdir, config.eval.checkpoint, config.export.weights)
   if config.model.pretrained is None:
     raise InputError(f"--workdir={workdir}: {trained.NOTHING}")
   network = trained.read(config.model.pretrained, config.model.name)
-  size, crop = given.data.image_size, given.data.crop_fraction
   return dataclasses.replace(
       network, input_convention=config.model.input_convention, dtype=config.model.dtype,
-      image_size=size or network.image_size, crop_fraction=crop or network.crop_fraction)
+      image_size=config.data.image_size, crop_fraction=config.data.crop_fraction)
 
 
-def _input_convention(config, workdir):
-  """As the run has it that has begun; else as the weights have it that it is to begin with."""
-  if config.model.pretrained is None:
-    return "inception"
-  run = read_json(os.path.join(workdir, "config.json")).get("model", {}) if workdir else {}
-  if run.get("pretrained") == config.model.pretrained and run.get("input_convention"):
-    return run["input_convention"]
-  return trained.read(config.model.pretrained, config.model.name).convention
+def create_schedule(settings: ml_collections.ConfigDict, steps_per_epoch: float,
+                    total_steps: int) -> optimizer.Schedule:
+  """Step -> learning rate, by `config.optimizer` of a validated config.
+
+  The warm-up has whole steps, rounded down; epochs between two decays are not rounded, so that
+  the decays do not drift from their epochs.
+
+  Args:
+    settings: config.optimizer.
+    steps_per_epoch: not always whole.
+    total_steps: length of training, in updates.
+
+  *Source:* tensorflow/tpu, models/official/efficientnet/utils.py, build_learning_rate.
+  """
+  def steps(name):
+    given = settings[f"{name}_steps"]
+    return settings[f"{name}_epochs"] * steps_per_epoch if given is None else given
+
+  return optimizer.SCHEDULES[settings.schedule](
+      settings.learning_rate, total_steps, warmup=int(steps("warmup")),
+      decay_rate=settings.decay_rate, decay=max(steps("decay"), 1))
 
 
 def create_method(config: ml_collections.ConfigDict, scheme: Scheme, num_classes: int,
@@ -276,27 +310,3 @@ def evaluation_attack(config: ml_collections.ConfigDict) -> Attack:
 def _set_by_name(config):
   return {name: config.attack[name]
           for name in ("name", "norm", "epsilon", "step_size", "num_steps")}
-
-
-def read_config(workdir: str) -> dict:
-  """The config that a workdir's run was started with.
-
-  Raises:
-    InputError: its config.json is not whole.
-  """
-  saved = read_json(os.path.join(workdir, "config.json"))
-  if not saved:
-    raise InputError(f"--workdir={workdir}: its config.json is not whole; delete that file, and "
-                     "what the checkpoints say will be taken")
-  return saved
-
-
-def refuse_other_config(config: ml_collections.ConfigDict, saved: dict, workdir: str,
-                        ignored: tuple[str, ...] = ()) -> None:
-  """Raises an InputError if a workdir holds a run of another config, and says what differs."""
-  differing = differences(config.to_dict(), saved, ignored)
-  if differing:
-    more = f" and {len(differing) - 10} more" if len(differing) > 10 else ""
-    raise InputError(
-        f"--workdir={workdir}: holds a run of another config; take another workdir, or set back "
-        f"{', '.join(differing[:10])}{more} (saved -> given)")

@@ -9,7 +9,6 @@ import shutil
 import jax
 import jax.numpy as jnp
 import ml_collections
-import safetensors.numpy
 
 from advprop_jax import card
 from advprop_jax.data import imagenet
@@ -17,7 +16,7 @@ from advprop_jax.data.transforms import scaled_side
 from advprop_jax.errors import InputError
 from advprop_jax.experiment import open_network
 from advprop_jax.method.step import to_model_units
-from advprop_jax.models import weights
+from advprop_jax.models import weight_files, weights
 from advprop_jax.models.conventions import CONVENTIONS
 from advprop_jax.runtime.metrics import write_json
 from advprop_jax.trained import TrainedNetwork, write_exported
@@ -26,7 +25,7 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 
 
 def export(config: ml_collections.ConfigDict, workdir: str) -> str:
-  """Writes the network of a run, or of config.model.pretrained where no run has begun.
+  """Writes the network of a run, or of config.model.pretrained where none has begun in workdir.
 
   Args:
     config: `config.export` says what is written, and where.
@@ -40,14 +39,15 @@ def export(config: ml_collections.ConfigDict, workdir: str) -> str:
   """
   network = open_network(config, workdir)
   kind = config.export.format
-  folder = pathlib.Path(config.export.dir or os.path.join(workdir, "export", kind)).expanduser()
+  folder = pathlib.Path(os.path.expanduser(
+      config.export.dir or os.path.join(workdir, "export", kind)))
+  part = folder.with_name(f".{folder.name}.part")
   if jax.process_index() != 0:
     return str(folder)
   try:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
       raise InputError(f"config.export.dir={str(folder)!r}: is there already, and stays as it is; "
                        "remove it, or give another folder")
-    part = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     FORMATS[kind](network, part)
@@ -56,6 +56,8 @@ def export(config: ml_collections.ConfigDict, workdir: str) -> str:
   except OSError as error:
     raise InputError(f"config.export.dir={str(folder)!r}: cannot be written "
                      f"({error.strerror or error}); give another folder") from error
+  finally:
+    shutil.rmtree(part, ignore_errors=True)   # there only if something went wrong
   print(f"{network.name}, {network.source}: exported to {folder}\n" + "\n".join(
       f"  {path.relative_to(folder)}  {path.stat().st_size:,} bytes"
       for path in sorted(folder.iterdir()) if path.is_file()))
@@ -67,12 +69,12 @@ def write_timm(network: TrainedNetwork, folder: pathlib.Path) -> None:
 
   *Source:* timm, models/_hub.py, save_for_hf.
   """
-  name = weights.timm_name(network.name)
+  if network.name not in weights.TIMM_NAMES:
+    raise InputError(f"config.export.format='timm': timm has no {network.name}; give 'stablehlo' "
+                     "or 'checkpoint'")
   convention = CONVENTIONS[network.convention]
-  tensors = weights.to_timm(network.name, network.deployed)
-  safetensors.numpy.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-  write_json(folder / "config.json", {
-      "architecture": name,
+  description = {
+      "architecture": weights.timm_name(network.name),
       "num_classes": network.num_classes,
       **_class_names(network),
       "pretrained_cfg": {
@@ -82,7 +84,10 @@ def write_timm(network: TrainedNetwork, folder: pathlib.Path) -> None:
           # A little less than it is: timm divides by it and rounds down.
           "crop_pct": math.floor(network.crop_fraction * 1e4) / 1e4,
           "mean": convention.mean, "std": convention.std,
-          "num_classes": network.num_classes}})
+          "num_classes": network.num_classes}}
+  tensors = weights.to_timm(network.name, network.deployed)
+  weight_files.write_tensors(folder / weight_files.SAFETENSORS, tensors, description)
+  write_json(folder / weight_files.DESCRIPTION, description)
 
 
 def write_stablehlo(network: TrainedNetwork, folder: pathlib.Path) -> None:

@@ -9,7 +9,7 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from advprop_jax import evaluate, export, train
+from advprop_jax import evaluate, export, inspect, train
 from advprop_jax.errors import InputError
 from advprop_jax.runtime.config import require_known
 from advprop_jax.runtime.memory import keep_freed_memory
@@ -21,10 +21,11 @@ _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of the run: config, checkpoints, metrics, results. The same command "
     "started again goes on where the run stands.")
 _MODE = flags.DEFINE_enum(
-    "mode", "train", ["train", "evaluate", "export", "report"], "train: train, then evaluate. "
-    "evaluate: the checkpoint in the workdir, or --config.model.pretrained; with "
-    "--config.eval.photographs=FOLDER: what these show. export: write the network for others, as "
-    "--config.export.format says. report: not there yet.")
+    "mode", "train", ["train", "evaluate", "export", "inspect", "report"],
+    "train: train, then evaluate. evaluate: the checkpoint in the workdir, or "
+    "--config.model.pretrained; with --config.eval.photographs=FOLDER: what these show. export: "
+    "write the network for others, as --config.export.format says. inspect: a picture of what the "
+    "network will see, and the speed of the data. report: not there yet.")
 
 BAD_INPUT = 2  # exit code
 
@@ -37,7 +38,7 @@ def main(argv: list[str]) -> None:
       raise InputError(f"--{flag.name}: not given; see --help")
   logging.set_verbosity(logging.WARNING)
   verbs = {"train": train.train, "evaluate": evaluate.evaluate,
-           "export": export.export}
+           "export": export.export, "inspect": inspect.inspect}
   if _MODE.value not in verbs:
     raise InputError(f"--mode={_MODE.value}: is not there yet; use {' or '.join(verbs)}")
   verbs[_MODE.value](_CONFIG.value, _WORKDIR.value)
@@ -46,6 +47,8 @@ def main(argv: list[str]) -> None:
 def run() -> None:
   """The command line: bad input ends in one sentence and exit code 2, without a traceback."""
   keep_freed_memory()
+  for stream in (sys.stdout, sys.stderr):   # names of files may be what they cannot encode
+    stream.reconfigure(errors="backslashreplace")
   try:
     app.run(main, flags_parser=_parse)
   except InputError as error:

@@ -8,14 +8,16 @@ from concurrent.futures import ThreadPoolExecutor
 import jax
 import ml_collections
 import numpy as np
+from tqdm import tqdm
 
-from advprop_jax.data.folder import hidden, reason
-from advprop_jax.data.sources import decode
+from advprop_jax.data.decode import BrokenImage, decode, reason
+from advprop_jax.data.file_index import hidden
 from advprop_jax.data.transforms import fit
 from advprop_jax.errors import InputError
 from advprop_jax.experiment import open_network
 from advprop_jax.method.step import to_model_units
 from advprop_jax.runtime.metrics import table, write_json
+from advprop_jax.runtime.workdir import make_workdir
 from advprop_jax.trained import TrainedNetwork
 
 TOP = 5
@@ -38,13 +40,14 @@ def predict(config: ml_collections.ConfigDict, workdir: str) -> dict:
   Raises:
     InputError: no network, no folder, or no image that can be read in it.
   """
+  make_workdir(workdir)
   network = open_network(config, workdir)
-  folder = pathlib.Path(config.eval.photographs).expanduser()
+  folder = pathlib.Path(os.path.expanduser(config.eval.photographs))
   paths = find_files(folder)
   answers, faults = {}, {}
   classify = classifier(network)
   size = min(config.eval.batch_size, len(paths))
-  for first in range(0, len(paths), size):
+  for first in tqdm(range(0, len(paths), size), unit=" batches", delay=2, disable=None):
     pixels, broken = read_images(folder, paths[first:first + size], network)
     faults |= broken
     if pixels:
@@ -107,7 +110,7 @@ def read_images(folder: pathlib.Path, paths: list[str],
   def read(path):
     try:
       image = decode((folder / path).read_bytes(), upright=True)
-    except Exception as error:   # Pillow's plugins raise whatever a broken file makes them
+    except (BrokenImage, OSError) as error:
       return reason(error)
     return fit(image, network.image_size, network.crop_fraction)
 
@@ -120,13 +123,17 @@ def read_images(folder: pathlib.Path, paths: list[str],
 def _show(result: dict, workdir: str) -> None:
   if jax.process_index() != 0:
     return
+  write_json(os.path.join(workdir, FILE), result)
   rows = []
   for path, answers in result["photographs"].items():
-    rows += [[path if place == 0 else "", f"{100 * answer['probability']:.1f}", answer["name"]]
-             for place, answer in enumerate(answers)]
+    rows += [[_printable(path) if place == 0 else "", f"{100 * answer['probability']:.1f}",
+              answer["name"]] for place, answer in enumerate(answers)]
   print(f"{result['network']}\n\n{table(rows, ['photograph', '%', 'class'])}")
   for path, why in result["not_read"].items():
-    print(f"not read: {path} ({why})")
-  os.makedirs(workdir, exist_ok=True)
-  write_json(os.path.join(workdir, FILE), result)
+    print(f"not read: {_printable(path)} ({why})")
   print(f"\n{FILE} is in {workdir}")
+
+
+def _printable(path: str) -> str:
+  """A file's name on one line; Linux allows any bytes in it."""
+  return path if path.isprintable() else ascii(path)

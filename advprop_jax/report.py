@@ -15,6 +15,7 @@ from advprop_jax.method.step import attack_images, to_model_units
 RIGHT, WRONG, INK, GREY = "#0072b2", "#d55e00", "#111111", "#555555"  # blue, vermilion: Okabe-Ito
 CELL, GAP, MARGIN = 128, 12, 16
 TEXT = 13
+LETTERS = 16                           # of a line to the left of a row, at most
 
 
 def adversarial_picture(experiment: Experiment, variables: dict, domain: str | None,
@@ -85,33 +86,65 @@ def panel(clean: np.ndarray, adversarial: np.ndarray, epsilon: float, title: str
   """
   factor = max(int(127 / epsilon), 1) if epsilon > 0 else 1
   perturbation = 128 + factor * (adversarial - clean)
-  rows = [("clean", clean, captions.clean),
-          (f"perturbation\nx {factor}, grey is\nno change", perturbation, []),
-          ("adversarial", adversarial, captions.adversarial)]
+  rows = [Row("clean", clean, captions.clean),
+          Row(f"perturbation\nx {factor}, grey is\nno change", perturbation, []),
+          Row("adversarial", adversarial, captions.adversarial)]
+  return sheet(title, rows, [
+      (0, "Below an image: its label, and what the network says through a batch norm.", GREY),
+      (4, "blue: right", RIGHT), (5, "vermilion: wrong", WRONG)])
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """A row of images on a sheet.
+
+  Attributes:
+    name: to the left of it, in lines of at most LETTERS.
+    images: (n, h, w, 3), 0-255.
+    lines: below the images, each of one (text, colour) per image.
+  """
+
+  name: str
+  images: np.ndarray
+  lines: list[list[tuple[str, str]]]
+
+
+def sheet(title: str, rows: list[Row], legend: list[tuple[int, str, str]]) -> Image.Image:
+  """Rows of images with captions, which are cut where they are wider than an image.
+
+  Args:
+    title: above all.
+    rows: from top to bottom.
+    legend: (column of images, text, colour) of each text of the line below all; column 0 begins at
+      the margin.
+  """
   font, side = ImageFont.load_default(TEXT), 112
-  heights = [CELL + (TEXT + 5) * len(lines) + GAP for _, _, lines in rows]
-  width = MARGIN + side + len(clean) * (CELL + GAP) + MARGIN
-  legend = TEXT + 2 * GAP
-  image = Image.new("RGB", (width, 2 * MARGIN + 2 * TEXT + sum(heights) + legend), "white")
+  heights = [CELL + (TEXT + 5) * len(row.lines) + GAP for row in rows]
+  width = MARGIN + side + max(len(row.images) for row in rows) * (CELL + GAP) + MARGIN
+  height = 2 * MARGIN + 2 * TEXT + sum(heights) + TEXT + 2 * GAP
+  image = Image.new("RGB", (width, height), "white")
   draw = ImageDraw.Draw(image)
   draw.text((MARGIN, MARGIN), title, INK, ImageFont.load_default(TEXT + 2))
   y = MARGIN + 2 * TEXT + GAP
-  for (name, images, lines), height in zip(rows, heights, strict=True):
-    draw.multiline_text((MARGIN, y), name, INK, font)
-    for column, pixels in enumerate(images):
+  for row, height in zip(rows, heights, strict=True):
+    draw.multiline_text((MARGIN, y), row.name, INK, font)
+    for column, pixels in enumerate(row.images):
       x = MARGIN + side + column * (CELL + GAP)
-      pixels = Image.fromarray(np.clip(np.round(pixels), 0, 255).astype(np.uint8))
-      image.paste(pixels.resize((CELL, CELL), Image.Resampling.NEAREST), (x, y))
-      for number, line in enumerate(lines):
+      image.paste(_cell(pixels), (x, y))
+      for number, line in enumerate(row.lines):
         text, colour = line[column]
         draw.text((x, y + CELL + 3 + number * (TEXT + 5)), _shorten(text, font), colour, font)
     y += height
-  draw.text((MARGIN, y), "Below an image: its label, and what the network says through a batch "
-            "norm.", GREY, font)
-  x = MARGIN + side + 4 * (CELL + GAP)
-  draw.text((x, y), "blue: right", RIGHT, font)
-  draw.text((x + CELL, y), "vermilion: wrong", WRONG, font)
+  for column, text, colour in legend:
+    draw.text((MARGIN + (side + column * (CELL + GAP) if column else 0), y), text, colour, font)
   return image
+
+
+def _cell(pixels: np.ndarray) -> Image.Image:
+  """An image of CELL pixels; of a small one, every pixel can be told from its neighbours."""
+  image = Image.fromarray(np.clip(np.round(pixels), 0, 255).astype(np.uint8))
+  small = max(image.size) <= CELL
+  return image.resize((CELL, CELL), Image.Resampling.NEAREST if small else Image.Resampling.BOX)
 
 
 def _shorten(text: str, font: ImageFont.FreeTypeFont) -> str:

@@ -12,15 +12,7 @@ import ml_collections
 from advprop_jax.data import loader, transforms
 from advprop_jax.errors import InputError
 from advprop_jax.evaluate import CLEAN, conclude, create_evaluators
-from advprop_jax.experiment import (
-  LATER,
-  Experiment,
-  create_experiment,
-  fresh_state,
-  initial_state,
-  read_config,
-  refuse_other_config,
-)
+from advprop_jax.experiment import Experiment, create_experiment, fresh_state, initial_state
 from advprop_jax.method.schemes import SECOND_VIEW
 from advprop_jax.method.state import TrainState
 from advprop_jax.method.step import train_step
@@ -28,6 +20,7 @@ from advprop_jax.models.batch_norm import drop_auxiliary
 from advprop_jax.runtime import parallel
 from advprop_jax.runtime.checkpoint import Checkpoints
 from advprop_jax.runtime.metrics import MetricsWriter, Progress, read_json, table, write_json
+from advprop_jax.runtime.workdir import LATER, make_workdir, read_config, refuse_other_config
 from advprop_jax.trained import BEST_METRIC, write_classes
 
 
@@ -95,6 +88,8 @@ def fit(experiment: Experiment, state: TrainState, batches, checkpoints: Checkpo
 
   unread = None
   for step in range(int(state.step) + 1, total + 1):
+    # The step before may still run here, as its metrics are read below. The call does not wait for
+    # it, so this batch travels to the device meanwhile: to send it earlier would gain nothing.
     state, metrics = step_fn(state, parallel.shard(next(batches)))
     if unread:
       record(*unread)
@@ -118,24 +113,30 @@ def fit(experiment: Experiment, state: TrainState, batches, checkpoints: Checkpo
 def start_or_resume(experiment: Experiment, checkpoints: Checkpoints, workdir: str):
   """State and batches of the newest whole checkpoint, or initial ones; and where weights are from.
   """
-  config, create = experiment.config, functools.partial(fresh_state, experiment)
-  views = {source: transforms.training_transform(config.data.image_size, augment,
-                                                 config.data.padding)
-           for source, augment in {"image": config.data.augment,
-                                   SECOND_VIEW: config.data.second_augment}.items()
-           if augment is not None}
-  batches = loader.training_batches(
-      experiment.train_source, batch_size=config.data.batch_size,
-      transform=views.pop("image"), more_views=views,
-      seed=config.seed, num_threads=config.data.num_threads,
-      process_index=jax.process_index(), process_count=jax.process_count())
-  restored = checkpoints.restore_latest(jax.eval_shape(create))
+  batches = open_batches(experiment)
+  restored = checkpoints.restore_latest(
+      jax.eval_shape(functools.partial(fresh_state, experiment)))
   if restored is None:
     state, weights = initial_state(experiment)
     return jax.device_put(state, parallel.replicated()), batches, str(weights)
-  refuse_other_config(config, restored.config, workdir, ignored=LATER)
+  refuse_other_config(experiment.config, restored.config, workdir, ignored=LATER)
   batches.set_state(restored.iterator)
   return restored.state, batches, f"those of the checkpoint of step {restored.step}"
+
+
+def open_batches(experiment: Experiment) -> loader.TrainingBatches:
+  """What an experiment trains on, from its first batch on: this process's part of each."""
+  config = experiment.config
+  views = {source: transforms.training_transform(config.data.image_size, augment,
+                                                 config.data.padding, config.data.crop)
+           for source, augment in {"image": config.data.augment,
+                                   SECOND_VIEW: config.data.second_augment}.items()
+           if augment is not None}
+  return loader.training_batches(
+      experiment.train_source, batch_size=config.data.batch_size,
+      transform=views.pop("image"), more_views=views,
+      seed=config.seed, num_workers=config.data.num_workers, num_threads=config.data.num_threads,
+      process_index=jax.process_index(), process_count=jax.process_count())
 
 
 def claim_workdir(experiment: Experiment, workdir: str) -> None:
@@ -145,17 +146,13 @@ def claim_workdir(experiment: Experiment, workdir: str) -> None:
     InputError: workdir cannot be written, or holds a run of another config.
   """
   path, config = os.path.join(workdir, "config.json"), experiment.config
-  try:
-    os.makedirs(workdir, exist_ok=True)
-    if os.path.exists(path):
-      refuse_other_config(config, read_config(workdir), workdir)
-    elif jax.process_index() == 0:
-      write_json(path, config.to_dict())
-    if jax.process_index() == 0:
-      write_classes(workdir, experiment.train_source.class_names)
-  except OSError as error:
-    raise InputError(f"--workdir={workdir}: cannot be used ({error}); give a folder that can be "
-                     "written") from error
+  make_workdir(workdir)
+  if os.path.exists(path):
+    refuse_other_config(config, read_config(workdir), workdir)
+  elif jax.process_index() == 0:
+    write_json(path, config.to_dict())
+  if jax.process_index() == 0:
+    write_classes(workdir, experiment.train_source.class_names)
 
 
 def require_finite(step: int, metrics: dict[str, float]) -> None:

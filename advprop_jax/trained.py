@@ -114,6 +114,11 @@ def read(source: str, name: str) -> TrainedNetwork:
   return network
 
 
+def has_begun(workdir: str) -> bool:
+  """Whether a training has begun in a folder, perhaps without a checkpoint yet."""
+  return os.path.exists(os.path.join(workdir, "config.json")) or has_checkpoints(workdir)
+
+
 def has_checkpoints(workdir: str) -> bool:
   """Whether a folder is that of a run with at least one checkpoint."""
   folder = pathlib.Path(workdir, "checkpoints")
@@ -156,21 +161,41 @@ def read_run(workdir: str, checkpoint: str = "newest", kind: str = AVERAGES) -> 
 def read_exported(folder: str) -> TrainedNetwork:
   """The network of an exported checkpoint (`write_exported`)."""
   facts = read_json(os.path.join(folder, EXPORTED))
-  if not facts:
-    raise InputError(f"{os.path.join(folder, EXPORTED)!r} is not whole; export the network again")
-  model = models.create_model(facts["name"], facts.pop("num_classes"))
+  try:
+    model = models.create_model(facts["name"], facts.pop("num_classes"))
+    names = facts.pop("class_names")
+    network = TrainedNetwork(variables={}, class_names=names and tuple(names), **facts)
+  except (LookupError, TypeError) as error:
+    raise InputError(f"{os.path.join(folder, EXPORTED)!r} is not whole; export the network "
+                     "again") from error
   restored = _restore(os.path.join(folder, VARIABLES), _shapes(model))
-  names = facts.pop("class_names")
-  return TrainedNetwork(variables=restored.state, class_names=names and tuple(names), **facts)
+  return dataclasses.replace(network, variables=restored.state)
 
 
 def write_exported(network: TrainedNetwork, folder: str) -> None:
   """Writes the deployed network: EXPORTED, and variables/ by Orbax."""
   facts = {field.name: getattr(network, field.name) for field in dataclasses.fields(network)
            if field.name != "variables"}
+  facts["config"] = network.config and _without_paths(network.config)
   with Checkpoints(os.path.join(folder, VARIABLES)) as checkpoints:
     checkpoints.save(network.step or 0, jax.tree.map(jnp.asarray, network.deployed), {}, {})
   write_json(os.path.join(folder, EXPORTED), {**facts, "num_classes": network.num_classes})
+
+
+def public_name(source: str) -> str:
+  """Of weights, for other people: an id on the hub, or a file's name without where it lies."""
+  local = pathlib.Path(source).suffix in (".safetensors", *weight_files.TORCH_ENDINGS)
+  is_id = not local and not os.path.exists(source) and weight_files.HUB_ID.fullmatch(source)
+  return source if is_id else os.path.basename(source.rstrip("/"))
+
+
+def _without_paths(config: dict[str, Any]) -> dict[str, Any]:
+  start = config["model"]["pretrained"]
+  return {**config,
+          "model": {**config["model"], "pretrained": start and public_name(start)},
+          "data": {**config["data"], "dir": None},
+          "eval": {**config["eval"], "photographs": None},
+          "export": {**config["export"], "dir": None}}
 
 
 def write_classes(workdir: str, names: tuple[str, ...]) -> None:
@@ -191,8 +216,10 @@ def _published(source: str, name: str) -> TrainedNetwork:
   files = weight_files.find(source)
   try:
     facts = _described(files.description)
-    if facts["architecture"]:
-      _require_network(source, name, facts["architecture"])
+    if facts["architecture"] not in (None, weights.timm_name(name)):
+      raise InputError(f"the weights are those of {facts['architecture']}, not of "
+                       f"{weights.timm_name(name)}; give other weights, or another "
+                       "config.model.name")
     tensors = weight_files.read_tensors(files.tensors)
     variables = weights.from_state_dict(name, tensors)
     convention = (convention_named(facts["mean"], facts["std"]) if facts["mean"] and facts["std"]
@@ -219,20 +246,25 @@ def _described(description: dict[str, Any]) -> dict[str, Any]:
   """
   inner = description.get("pretrained_cfg")
   facts = {**description, **(inner if isinstance(inner, dict) else {})}
-  architecture = str(facts.get("architecture")).removeprefix("tf_")
   try:
     size = facts.get("input_size")
     crop = facts.get("crop_pct")
     return {
-        "architecture": architecture if architecture in models.NAMES else None,
+        "architecture": facts.get("architecture"),
         "mean": facts.get("mean") and tuple(map(float, facts["mean"])),
         "std": facts.get("std") and tuple(map(float, facts["std"])),
         "input_size": size and int(size[-1]),
-        "crop_pct": crop and min(max(float(crop), 0.1), 1.0),
+        "crop_pct": crop and _fraction(float(crop)),
         "label_names": tuple(facts.get("label_names") or ())}
   except (TypeError, ValueError, LookupError) as error:
     raise InputError(f"the {weight_files.DESCRIPTION} beside it is not as timm writes it "
                      f"({error}); mend or remove it") from error
+
+
+def _fraction(value: float) -> float:
+  if not 0.1 <= value <= 1:
+    raise ValueError(f"a crop_pct of {value:g}")
+  return value
 
 
 def _require_network(source: str, name: str, found: str) -> None:

@@ -10,7 +10,7 @@ from PIL import Image
 from advprop_jax.data.folder import open_folder
 from advprop_jax.errors import InputError
 
-INDEX = ".advprop_jax_train.json"
+INDEX = ".advprop_jax_train.npz"
 BROKEN = {"text.jpg": b"no image at all", "empty.png": b"", "notes": b"\x89PNG\r\n\x1a\n"}
 
 
@@ -53,7 +53,13 @@ def aged(parent: pathlib.Path) -> pathlib.Path:
 
 def paths(source) -> tuple[str, ...]:
   records = source.records
-  return getattr(records, "_records", records).paths
+  return tuple(getattr(records, "_records", records).paths)
+
+
+def indexed(place: pathlib.Path) -> list[str]:
+  """Paths of the images in an index."""
+  with np.load(place) as content:
+    return content["paths"].tobytes().decode().split("\0")[:-1]
 
 
 def labels(source) -> list[int]:

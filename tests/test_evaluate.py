@@ -2,6 +2,10 @@
 
 import dataclasses
 import functools
+import json
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +22,7 @@ from advprop_jax.method.step import attack_images, to_model_units
 from advprop_jax.runtime.config import default_config
 from advprop_jax.runtime.parallel import run_once
 from tests import one_block
+from tests.conftest import ROOT
 
 IMAGES, BATCH = 38, 16                                 # the last batch is ragged
 
@@ -105,3 +110,29 @@ def test_the_auxiliary_domain_is_the_one_that_is_attacked(scheme):
   method = dataclasses.replace(small_experiment().method, scheme=SCHEMES[scheme])
   expected = "adversarial" if "adversarial" in method.scheme.domains else None
   assert evaluate.attacked_domain(method) == expected
+
+
+def test_four_devices_count_each_image_once(tmp_path):
+  """1,003 images in batches of 64 on 4 devices: fails where padding is counted, or an end is lost.
+
+  So does it where the workers that make the batches change what the network sees.
+  """
+  def evaluated(workdir, devices, *flags):
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.one_block", "--config=configs/quickstart.py:scheme=vanilla",
+         f"--workdir={workdir}", "--config.model.name=one_block", "--config.train.steps=0",
+         "--config.data.train_split=train[:64]", "--config.data.test_split=test[:1003]",
+         "--config.eval.batch_size=64", *flags],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+        env={**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0 "
+             f"--xla_force_host_platform_device_count={devices}"})
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((workdir / "summary.json").read_text())
+    assert summary["devices"] == devices
+    return summary["results"]
+
+  four = evaluated(tmp_path / "four", 4, "--config.data.num_workers=2")
+  one = evaluated(tmp_path / "one", 1)
+  assert four[evaluate.CLEAN]["images"] == four[evaluate.MAIN]["images"] == 1003
+  assert four[evaluate.CLEAN]["top1"] == one[evaluate.CLEAN]["top1"]
+  np.testing.assert_allclose(four[evaluate.CLEAN]["loss"], one[evaluate.CLEAN]["loss"], rtol=1e-5)

@@ -82,6 +82,7 @@ LANDS = {
     "model.share_statistics": (True, model("share_statistics"), True, {}),
     "model.share_affine": (True, model("share_affine"), True, {}),
     "model.bn_group_size": (2, model("group_size"), 2, {}),
+    "model.remat": (True, model("remat"), True, {}),
     "attack.name": ("ifgsm", lambda e: (e.method.attack.name, e.method.attack.clean_start),
                     ("ifgsm", 1.0), {}),
     "attack.norm": ("l2", attack("norm"), "l2", {}),
@@ -117,7 +118,8 @@ LANDS = {
     "train.steps": (11, lambda e: e.total_steps, 11, {}),
     "train.accumulation": (5, lambda e: e.method.accumulation, 5, {}),
     "train.ema_decay": (0.995, lambda e: e.method.ema_decay, 0.995, {}),
-    "eval.batch_size": (24, lambda e: [step.batch_size for step in create_evaluators(e).values()],
+    "eval.batch_size": (24, lambda e: [evaluator.batches.blocks._batch_size
+                                       for evaluator in create_evaluators(e).values()],
                         [24, 24, 24], {}),
     "eval.every_epochs": (3.0, lambda e: e.every("eval"), 15, {}),
     "eval.every_steps": (9, lambda e: e.every("eval"), 9, {}),

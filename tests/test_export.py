@@ -10,14 +10,16 @@ import pytest
 import safetensors.numpy
 
 from advprop_jax import export as exporting
-from advprop_jax import models, trained
+from advprop_jax import trained
 from advprop_jax.errors import InputError
+from advprop_jax.evaluate import evaluate
 from advprop_jax.experiment import create_experiment, initial_state, open_network
 from advprop_jax.export import FORMATS, export
 from advprop_jax.models.batch_norm import drop_auxiliary
 from advprop_jax.models.weights import from_state_dict, timm_name
 from advprop_jax.predict import classifier
 from advprop_jax.runtime.fields import EXPORT_FORMATS
+from advprop_jax.train import claim_workdir
 from tests.small_run import make_config
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (5, 28, 28, 3), np.uint8)
@@ -26,7 +28,7 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (5, 28, 28, 3), np.uint8)
 @pytest.fixture
 def timm_knows_it(monkeypatch):
   """As if timm had the network of one block."""
-  monkeypatch.setattr(exporting.weights, "timm_name", lambda name: f"tf_{name}")
+  monkeypatch.setattr(exporting.weights, "TIMM_NAMES", ("one_block",))
 
 
 def exported(run, folder, **changes):
@@ -134,11 +136,32 @@ def test_nothing_is_written_over(run, tmp_path):
   assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_network_that_timm_does_not_have():
-  with pytest.raises(InputError, match=r"timm has no efficientnet_tiny.*stablehlo"):
-    timm_name("efficientnet_tiny")
-  assert {timm_name(name) for name in models.NAMES if not name.endswith(("_tiny", "block"))} >= {
-      "tf_efficientnet_b0", "tf_efficientnet_lite4", "resnet200"}
+def test_a_network_that_timm_does_not_have(run, tmp_path):
+  """Nothing is left of what was begun."""
+  with pytest.raises(InputError, match=r"timm has no one_block.*stablehlo"):
+    exported(run, tmp_path / "out", format="timm")
+  assert not list(tmp_path.iterdir())
+  assert timm_name("efficientnet_b0") == "tf_efficientnet_b0"
+  assert timm_name("resnet200") == "resnet200"
+
+
+def test_a_run_that_has_begun_is_not_mistaken_for_none(published, tmp_path):
+  """Killed before its first checkpoint: fails where the published weights are exported for it."""
+  config = make_config({"model.pretrained": published(), "model.input_convention": "inception"})
+  claim_workdir(create_experiment(config), str(tmp_path / "run"))
+  for verb in (export, evaluate):
+    with pytest.raises(InputError, match=r"no checkpoint"):
+      verb(config, str(tmp_path / "run"))
+
+
+def test_weights_that_are_copied_away_alone_say_what_they_read(published, tmp_path, timm_knows_it):
+  """Fails where a file without the JSON beside it is taken to be of another convention."""
+  config = make_config({"model.pretrained": published(), "model.input_convention": "lite",
+                        "export.dir": str(tmp_path / "out")})
+  export(config, str(tmp_path / "none"))
+  (tmp_path / "out" / "model.safetensors").rename(tmp_path / "alone.safetensors")
+  network = trained.read(str(tmp_path / "alone.safetensors"), "one_block")
+  assert network.input_convention == "lite"
 
 
 def test_a_folder_that_cannot_be_written(run, tmp_path):

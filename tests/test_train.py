@@ -193,6 +193,16 @@ def test_a_checkpoint_of_another_config_is_not_gone_on_with(undisturbed, tmp_pat
     train.train(make_config(attack__epsilon=2.0), str(tmp_path / "run"))
 
 
+def test_workers_and_threads_may_change_during_a_run(undisturbed, tmp_path):
+  """Fails where a run cannot go on with others, or does not go on with the images that follow."""
+  shutil.copytree(undisturbed[0], tmp_path / "run")
+  shutil.rmtree(tmp_path / "run" / "checkpoints" / str(STEPS))
+  resumed = train.train(make_config(data__num_workers=1, data__num_threads=1),
+                        str(tmp_path / "run"))
+  assert resumed["training"]["start_step"] == STEPS - 2
+  assert_same_bits(final_state(tmp_path / "run"), final_state(undisturbed[0]))
+
+
 @pytest.mark.parametrize("text", ["[1]", '{"model": {"na', ""])
 def test_a_config_that_is_not_whole(tmp_path, text):
   (tmp_path / "config.json").write_text(text)

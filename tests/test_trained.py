@@ -154,9 +154,10 @@ def test_weights_of_another_network_are_named(run, published, tmp_path):
   _, workdir = run
   with pytest.raises(InputError, match=r"of one_block, not of resnet_tiny.*config.model.name"):
     trained.read(workdir, "resnet_tiny")
-  path = published(description={"architecture": "tf_efficientnet_b0"})
-  with pytest.raises(InputError, match="those of efficientnet_b0, not of one_block"):
-    trained.read(path, "one_block")
+  for other in ("tf_efficientnet_b0", "one_block"):  # without tf_: timm's other padding
+    path = published(description={"architecture": other})
+    with pytest.raises(InputError, match=f"those of {other}, not of tf_one_block"):
+      trained.read(path, "one_block")
   tensors = to_timm("resnet_tiny", jax.tree.map(
       lambda leaf: np.zeros(leaf.shape, np.float32),
       jax.eval_shape(models.create_model("resnet_tiny").init, jax.random.key(0),
@@ -164,6 +165,19 @@ def test_weights_of_another_network_are_named(run, published, tmp_path):
   safetensors.numpy.save_file(tensors, tmp_path / "other.safetensors")
   with pytest.raises(InputError, match=r"pretrained='.*other.safetensors'.*look like.*resnet_tiny"):
     trained.read(str(tmp_path / "other.safetensors"), "one_block")
+
+
+@pytest.mark.parametrize("description", [
+    {"input_size": 224}, {"mean": 0.5, "std": 0.5}, {"crop_pct": "a"}, {"crop_pct": 5},
+    {"mean": ["a"] * 3, "std": [1] * 3}, {"label_names": 5}])
+def test_a_description_of_another_form(description, published):
+  with pytest.raises(InputError, match=r"config.model.pretrained='.*config.json.*mend or remove"):
+    trained.read(published(description=description), "one_block")
+
+
+def test_a_description_without_contents(published):
+  network = trained.read(published(description={"pretrained_cfg": None}), "one_block")
+  assert network.num_classes == 10
 
 
 def test_what_is_no_network(tmp_path):

@@ -1,8 +1,10 @@
-"""Batches of uint8 images, the same for any number of processes, threads and interruptions.
+"""Batches of uint8 images, the same for any number of processes, workers, threads, interruptions.
 
 One infinite stream of records is cut into global batches, so no epoch has a tail to drop. Process p
 of P takes the p-th of P equal blocks of each. What is random hangs on the seed and on the place in
 the stream, never on who reads it; so a state is a number of batches, and nothing else.
+
+A process of a pod may have worker processes of its own, which share its blocks (workers.py).
 """
 
 import dataclasses
@@ -15,45 +17,53 @@ import numpy as np
 
 from advprop_jax.data.sources import Source
 from advprop_jax.data.transforms import EvaluationTransform, TrainingTransform
+from advprop_jax.data.workers import Batch, WorkerBatches
 from advprop_jax.errors import InputError
-
-Batch = dict[str, np.ndarray]
 
 
 class TrainingBatches(Iterator[Batch]):
   """An endless iterator whose state says what was taken, not what was read ahead."""
 
-  def __init__(self, batches: grain.MapDataset, num_threads: int):
-    self._iterator = iter(batches.to_iter_dataset(_read_options(num_threads)))
+  def __init__(self, blocks: "_Blocks", num_workers: int, num_threads: int):
+    self._blocks, self._num_workers, self._num_threads = blocks, num_workers, num_threads
+    self._taken, self._iterator = 0, None
 
   def __next__(self) -> Batch:
-    return next(self._iterator)
+    if self._iterator is None:         # not before, as a run that resumes begins elsewhere
+      self._iterator = _iterate(self._blocks, self._taken, self._num_workers, self._num_threads)
+    batch = next(self._iterator)
+    self._taken += 1
+    return batch
 
   def get_state(self) -> dict[str, int]:
-    """{"batches": how many were taken}: JSON, and good for any number of processes."""
-    return {"batches": grain.experimental.get_next_index(self._iterator)}
+    """{"batches": how many were taken}: JSON, and good for any number of processes and workers."""
+    return {"batches": self._taken}
 
   def set_state(self, state: dict[str, int]) -> None:
     """Goes to where `get_state` was called: the next batch is the one that followed."""
-    grain.experimental.set_next_index(self._iterator, int(state["batches"]))
+    self.close()
+    self._taken = int(state["batches"])
 
   def close(self) -> None:
-    """Ends the threads that read ahead."""
-    self._iterator.close()
+    """Ends the workers and threads that read ahead; the next batch starts others."""
+    if self._iterator is not None:
+      self._iterator.close()
+      self._iterator = None
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationBatches:
   """Batches of one pass, in order; `len` of them, the same on every process."""
 
-  batches: grain.MapDataset
+  blocks: "_Blocks"
+  num_workers: int
   num_threads: int
 
   def __len__(self) -> int:
-    return len(self.batches)
+    return len(self.blocks)
 
   def __iter__(self) -> Iterator[Batch]:
-    iterator = iter(self.batches.to_iter_dataset(_read_options(self.num_threads)))
+    iterator = _iterate(self.blocks, 0, min(self.num_workers, len(self)), self.num_threads)
     try:
       yield from iterator
     finally:
@@ -61,7 +71,8 @@ class EvaluationBatches:
 
 
 def training_batches(source: Source, *, batch_size: int, transform: TrainingTransform, seed: int,
-                     process_index: int = 0, process_count: int = 1, num_threads: int = 1,
+                     process_index: int = 0, process_count: int = 1, num_workers: int = 0,
+                     num_threads: int = 1,
                      more_views: Mapping[str, TrainingTransform] | None = None
                      ) -> TrainingBatches:
   """Shuffled, augmented batches without end; every epoch has its own order.
@@ -74,7 +85,9 @@ def training_batches(source: Source, *, batch_size: int, transform: TrainingTran
     seed: of order and augmentation, 0 or more.
     process_index: which block of each global batch.
     process_count: how many blocks.
-    num_threads: that read ahead; 0 reads when asked.
+    num_workers: processes that make batches; 0: this one does. With some, source and transforms
+      have to be picklable, and a script has to begin by `if __name__ == "__main__"`.
+    num_threads: that read ahead, of this process or of each worker; 0 reads when asked.
     more_views: other transforms of the same images, by the name of their entry in a batch. They
       draw after `transform`, whose result they do not change.
 
@@ -94,12 +107,12 @@ def training_batches(source: Source, *, batch_size: int, transform: TrainingTran
             .random_map(_Read(source, views), seed=augment_seed)
             .repeat())
   blocks = _Blocks(stream, batch_size, process_index, process_count, masked=False)
-  return TrainingBatches(blocks, num_threads)
+  return TrainingBatches(blocks, num_workers, num_threads)
 
 
 def evaluation_batches(source: Source, *, batch_size: int, transform: EvaluationTransform,
                        process_index: int = 0, process_count: int = 1, limit: int | None = None,
-                       num_threads: int = 1) -> EvaluationBatches:
+                       num_workers: int = 0, num_threads: int = 1) -> EvaluationBatches:
   """Every image once over all processes, in order; what is missing in the last batch is padded.
 
   Args:
@@ -109,7 +122,9 @@ def evaluation_batches(source: Source, *, batch_size: int, transform: Evaluation
     process_index: which block of each global batch.
     process_count: how many blocks.
     limit: only the first so many records.
-    num_threads: that read ahead; 0 reads when asked.
+    num_workers: processes that make batches; 0: this one does. With some, source and transforms
+      have to be picklable, and a script has to begin by `if __name__ == "__main__"`.
+    num_threads: that read ahead, of this process or of each worker; 0 reads when asked.
 
   Returns:
     Sized iterable of {"image": uint8 (n, size, size, 3), "label": int32 (n,), "mask": bool (n,),
@@ -122,7 +137,7 @@ def evaluation_batches(source: Source, *, batch_size: int, transform: Evaluation
   records = len(source) if limit is None else min(limit, len(source))
   stream = grain.MapDataset.range(records).map(_Read(source, {"image": transform}))
   blocks = _Blocks(stream, batch_size, process_index, process_count, masked=True)
-  return EvaluationBatches(blocks, num_threads)
+  return EvaluationBatches(blocks, num_workers, num_threads)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,16 +187,26 @@ class _Blocks(grain.MapDataset):
     mask = places < len(self._parent)
     records = [self._parent[place] for place in places[mask].tolist()]
     # A block of padding only has to know the shapes as well.
-    example = records[0] if records else self._parent[0]
-    batch = {name: np.zeros((self._block, *value.shape), np.uint8)
-             for name, value in example.items() if name != "label"}
-    batch["label"] = np.zeros(self._block, np.int32)
+    batch = self._black(records[0] if records else self._parent[0])
     for row, record in enumerate(records):
       for name, value in record.items():
         batch[name][row] = value
     return {**batch, "mask": mask, "index": places.astype(np.int32)} if self._masked else batch
 
+  def example(self) -> Batch:
+    """A batch of the shapes and types that all have, for the cost of one record."""
+    batch, numbers = self._black(self._parent[0]), np.zeros(self._block, np.int32)
+    return {**batch, "mask": numbers > 0, "index": numbers} if self._masked else batch
 
-def _read_options(num_threads: int) -> grain.ReadOptions:
+  def _black(self, record: dict[str, Any]) -> Batch:
+    images = {name: np.zeros((self._block, *value.shape), np.uint8)
+              for name, value in record.items() if name != "label"}
+    return {**images, "label": np.zeros(self._block, np.int32)}
+
+
+def _iterate(blocks: _Blocks, first: int, num_workers: int, num_threads: int) -> Iterator[Batch]:
+  if num_workers:
+    return WorkerBatches(blocks, first, blocks.example(), num_workers, num_threads)
   # The unit is a batch here: a few read ahead hide the time it takes, 500 would fill the memory.
-  return grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=2 * num_threads)
+  options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=2 * num_threads)
+  return iter(blocks[first:].to_iter_dataset(options))

@@ -6,7 +6,6 @@ will take it; `experiment.open_split` has to know its name.
 """
 
 import dataclasses
-import io
 import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,8 +15,9 @@ import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader
 from etils import epath
-from PIL import Image, ImageOps
 
+from advprop_jax.data import imagenet
+from advprop_jax.data.decode import Encoded, decode
 from advprop_jax.errors import InputError
 
 BUNDLED = epath.Path(__file__).parent / "bundled"
@@ -38,8 +38,9 @@ class Source:
   """A split of a data set as random-access records.
 
   `len(source)` is the number of records, and `source[i]`, 0 <= i < len, is
-  {"image": uint8 (h, w, 3) in 0..255, not to be written to, "label": int in 0..num_classes-1}.
-  A source can be pickled, and read by several threads at once.
+  {"image": ..., "label": int in 0..num_classes-1}. The image is uint8 (h, w, 3), not to be written
+  to, where decoded images are kept, else the bytes of a file; transforms take both, and
+  decode.decode makes pixels of them. A source can be pickled, and read by several threads at once.
 
   Attributes:
     name: as in `data.name`.
@@ -80,7 +81,8 @@ def open_source(name: str, directory: str | None = None, split: str = "train",
       set states, take no more; 0 keeps none.
 
   Returns:
-    The records. Their order is that of the files.
+    The records. Their order is that of the files. The labels of ImageNet's 1000 classes are the
+    standard ones, even where the data set has them in another order.
 
   Raises:
     InputError: no such data set, split or folder; not array_record; no image or label; a shard
@@ -101,12 +103,16 @@ def open_source(name: str, directory: str | None = None, split: str = "train",
   height, width, _ = info.features["image"].shape
   if height and width and len(records) * height * width * 3 <= keep_in_memory:
     records = KeptRecords(records)
-  return Source(name, split, tuple(info.features["label"].names), records)
+  class_names = tuple(info.features["label"].names)
+  standard = imagenet.standard_labels(class_names)
+  if standard is not None:
+    class_names, records = imagenet.WNIDS, imagenet.StandardRecords(records, standard)
+  return Source(name, split, class_names, records)
 
 
 @dataclasses.dataclass(frozen=True)
 class TfdsRecords:
-  """Records of TFDS whose image is decoded here.
+  """Records of TFDS, their images encoded.
 
   TFDS' own decoder warns when OpenCV is not there, and gives grey images one channel.
   """
@@ -119,18 +125,15 @@ class TfdsRecords:
 
   def __getitem__(self, index: int) -> dict[str, Any]:
     record = self.encoded[index]
-    try:
-      image = decode(record["image"])
-    except (OSError, SyntaxError, ValueError) as error:        # what Pillow raises for broken files
-      raise InputError(f"record {index} of {self.origin} holds an image that does not decode "
-                       f"({error}): prepare the data set again") from error
     if record["label"] < 0:
       raise InputError(f"record {index} of {self.origin} has no label: use another split")
-    return {"image": image, "label": int(record["label"])}
+    fault = f"record {index} of {self.origin} holds an image that does not decode"
+    return {"image": Encoded(record["image"], fault, "prepare the data set again"),
+            "label": int(record["label"])}
 
 
 class KeptRecords:
-  """Records of another sequence, kept after the first access.
+  """Records of another sequence, decoded, and kept after the first access.
 
   Reading and decoding a small PNG costs about 100 microseconds, a kept record next to none. What
   is kept is not pickled: each worker process fills its own.
@@ -146,39 +149,14 @@ class KeptRecords:
   def __getitem__(self, index: int) -> dict[str, Any]:
     record = self._kept.get(index)
     if record is None:                 # two threads may both read it, to the same effect
-      record = self._records[index]
+      record = dict(self._records[index])
+      record["image"] = decode(record["image"])
       record["image"].flags.writeable = False
       self._kept[index] = record
     return record
 
   def __reduce__(self):
     return KeptRecords, (self._records,)
-
-
-def decode(image: bytes, upright: bool = False) -> np.ndarray:
-  """Decodes an image file of any format and colour mode to uint8 (h, w, 3), grey repeated.
-
-  Of 16 bits the upper 8 are taken, and transparency is dropped.
-
-  Args:
-    image: the content of the file.
-    upright: turns the image as its EXIF says; else pixels are as they are stored.
-
-  Raises:
-    ValueError: pixels of 32 bits, whose range nobody states. Pillow raises this and much else for
-      a broken file.
-  """
-  with Image.open(io.BytesIO(image)) as opened:
-    if upright:
-      ImageOps.exif_transpose(opened, in_place=True)
-    if opened.mode.startswith("I;16"):                # Pillow would clip it at 255: all white
-      grey = (np.asarray(opened) >> 8).astype(np.uint8)
-      return np.repeat(grey[..., None], 3, axis=2)
-    if opened.mode in ("I", "F"):
-      raise ValueError(f"its pixels are {'integers' if opened.mode == 'I' else 'floats'} of 32 "
-                       "bits: convert them to 8")
-    opened.info.pop("transparency", None)             # that of a palette makes Pillow warn
-    return np.asarray(opened.convert("RGB"))
 
 
 def _undecoded(builder: tfds.core.DatasetBuilder, split: str) -> Sequence[dict[str, Any]]:
@@ -199,7 +177,12 @@ def _builder(name: str, directory: str | None) -> tfds.core.DatasetBuilder:
     raise InputError(f"data.name={name!r} is not bundled, and data.dir is not set: use "
                      "data.name='bundled', or set data.dir to the TFDS folder that holds it")
   root = epath.Path(directory).expanduser()
-  if not root.exists():
+  try:
+    there = root.exists()
+  except Exception as error:           # of a bucket: no client for it, no network, no rights
+    raise InputError(f"data.dir={str(directory)!r} cannot be reached ({_one_line(error)}): set it "
+                     "to a TFDS folder that can") from error
+  if not there:
     raise InputError(f"data.dir={str(directory)!r} does not exist: set it to the TFDS folder that "
                      f"holds {name!r}, or use data.name='bundled'")
   folder = root if _is_version(root) else _newest_version(name, root)
@@ -228,9 +211,11 @@ def _newest_version(name: str, root: epath.Path) -> epath.Path:
     if any(_is_version(inner) or any(map(_is_version, _folders(inner)))
            for inner in _folders(path)))
   if not present:
+    folders = ("data.name='imagenet_folder' or 'folder', which read class folders"
+               if (root / "train").is_dir() else "data.name='bundled'")
     raise InputError(f"data.dir={str(root)!r} holds no data set that TFDS has prepared, so not "
                      f"data.name={name!r}: set data.dir to a folder that holds NAME/VERSION with "
-                     "a dataset_info.json, or use data.name='bundled'")
+                     f"a dataset_info.json, or use {folders}")
   asked = f"{name}:{version}" if version else name
   raise InputError(f"data.name={asked!r} is not in data.dir={str(root)!r}: "
                    f"there is {listed(present)}, and 'bundled' without a data.dir")

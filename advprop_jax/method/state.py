@@ -65,11 +65,20 @@ def create_train_state(model: Network, optimizer: optax.GradientTransformation, 
 def update_ema(ema: dict, variables: dict, step: jax.Array, decay: float) -> dict:
   """Moving averages after one more update; early ones follow faster.
 
-  decay_t = min(decay, (1 + t) / (10 + t)), with t the number of updates before this one.
+  decay_t = min(decay, (1 + t) / (10 + t)), with t = 1, 2, ... the number of updates made, this one
+  included: TensorFlow reads the step after the optimizer has raised it.
 
-  Source: tf.train.ExponentialMovingAverage with num_updates.
+  Args:
+    ema: the averages so far; none are kept where it is empty.
+    variables: of the same structure, after this update.
+    step: number of updates before this one.
+    decay: in [0, 1).
+
+  *Source:* tensorflow, python/training/moving_averages.py, ExponentialMovingAverage.apply, under a
+  control dependency on the train op in tensorflow/tpu, models/official/efficientnet/main.py.
   """
   if not ema:
     return ema
-  decay = jnp.minimum(decay, (1 + step) / (10 + step))
+  updates = step + 1
+  decay = jnp.minimum(decay, (1 + updates) / (10 + updates))
   return optax.incremental_update(variables, ema, 1 - decay)

@@ -25,7 +25,7 @@ def create_model(name: str, num_classes: int = 1000, domains: Sequence[str] = ("
                  axis_name: str | None = None, group_size: int = 1,
                  dropout_rate: float | None = None,
                  drop_path_rate: float | None = None,
-                 input_convention: str = "inception") -> Network:
+                 input_convention: str = "inception", remat: bool = False) -> Network:
   """A network by name, with a bank of batch norms in the place of each batch norm.
 
   Args:
@@ -42,6 +42,7 @@ def create_model(name: str, num_classes: int = 1000, domains: Sequence[str] = ("
     drop_path_rate: stochastic depth; None for the network's own.
     input_convention: what the first convolution reads, a key of CONVENTIONS. Images are given in
       [-1, 1] whatever it is.
+    remat: whether a gradient computes what is inside of blocks again, in place of keeping it.
 
   Returns:
     A module; `apply(variables, images, domains=None, train=False)` gives logits.
@@ -57,7 +58,7 @@ def create_model(name: str, num_classes: int = 1000, domains: Sequence[str] = ("
   return network(architecture, num_classes=num_classes, domains=tuple(domains), dtype=dtype,
                  share_statistics=share_statistics, share_affine=share_affine,
                  axis_name=axis_name, group_size=group_size, dropout_rate=dropout_rate,
-                 drop_path_rate=drop_path_rate, input_convention=input_convention)
+                 drop_path_rate=drop_path_rate, input_convention=input_convention, remat=remat)
 
 
 def canonical_name(name: str) -> str:

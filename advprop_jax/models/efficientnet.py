@@ -222,8 +222,9 @@ class EfficientNet(Network):
     x = net.activation(norm(name="stem_norm")(x, domains, train))
     # Survival is 1 - rate * block / blocks: tensorflow/tpu, efficientnet_model.py, Model.call.
     rates = self.drop_rates(range(len(blocks)), len(blocks))
+    block = self.block(Block)
     for (name, _, _, stage), rate in zip(blocks, rates, strict=True):
-      x = Block(stage, int(net.squeeze_excite * stage.inputs), rate, norm, drop, net.activation,
+      x = block(stage, int(net.squeeze_excite * stage.inputs), rate, norm, drop, net.activation,
                 self.dtype, name=name)(x, domains, train)
     x = Pointwise(net.head, dtype=self.dtype, name="head")(x)
     return net.activation(norm(name="head_norm")(x, domains, train))

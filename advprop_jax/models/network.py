@@ -28,6 +28,7 @@ class Network(nn.Module):
     dropout_rate: None for the architecture's own.
     drop_path_rate: None for the architecture's own.
     input_convention: what the first convolution reads, a key of CONVENTIONS.
+    remat: whether a gradient keeps the inputs of each block alone, and computes the rest again.
   """
 
   architecture: Any
@@ -41,6 +42,7 @@ class Network(nn.Module):
   dropout_rate: float | None = None
   drop_path_rate: float | None = None
   input_convention: str = "inception"
+  remat: bool = False
 
   # Of the family.
   norm_epsilon: ClassVar[float]
@@ -87,6 +89,15 @@ class Network(nn.Module):
       drop: makes a dropout layer.
     """
     raise NotImplementedError
+
+  def block(self, block: type[nn.Module]) -> type[nn.Module]:
+    """A family's block, called with (x, domains, train), as `remat` has it.
+
+    Variables, their names and the masks of dropout are the same either way.
+
+    *Source:* Chen et al., "Training Deep Nets with Sublinear Memory Cost", arXiv 1604.06174.
+    """
+    return nn.remat(block, static_argnums=(2, 3)) if self.remat else block  # self is argument 0
 
   def drop_rates(self, before: Sequence[int], blocks: int) -> list[float]:
     """Of stochastic depth, growing with the number of blocks `before` one, of so many."""

@@ -131,8 +131,9 @@ class ResNet(Network):
     # Block l of L is dropped with probability rate * l / L. *Source:* Huang et al., ECCV 2016,
     # equation 4. (An EfficientNet, as its source, counts from 0 and never reaches the rate.)
     rates = self.drop_rates(range(1, len(blocks) + 1), len(blocks))
+    block = self.block(Block)
     for (name, s, b), rate in zip(blocks, rates, strict=True):
-      x = Block(net.stem * 2 ** s, 2 if s > 0 and b == 0 else 1, net.bottleneck, rate,
+      x = block(net.stem * 2 ** s, 2 if s > 0 and b == 0 else 1, net.bottleneck, rate,
                 last_scale_init, norm, drop, self.dtype, name=name)(x, domains, train)
     return x
 

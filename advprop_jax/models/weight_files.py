@@ -10,11 +10,13 @@ import json
 import os
 import pathlib
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy)
 import numpy as np
 import safetensors
+import safetensors.numpy
 
 from advprop_jax.errors import InputError
 from advprop_jax.models.torch_file import read_torch_file, state_dict_of
@@ -22,10 +24,11 @@ from advprop_jax.models.torch_file import read_torch_file, state_dict_of
 SAFETENSORS = "model.safetensors"
 HUB_FILES = (SAFETENSORS, "pytorch_model.bin")   # the first that a repository has
 DESCRIPTION = "config.json"                      # as timm writes it to the hub
+_INSIDE = "advprop_jax"                          # where that is in a file's own metadata
 TORCH_ENDINGS = (".pth", ".pt", ".bin", ".tar", ".ckpt")
 
 # "owner/name", perhaps with the prefix that timm gives it and a revision; "./name" is a path.
-_HUB_ID = re.compile(
+HUB_ID = re.compile(
     r"(?:hf[-_]hub:)?(?P<repository>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>[\w./-]+))?")
 
 
@@ -36,7 +39,7 @@ class WeightFiles:
   Attributes:
     tensors: the file of tensors.
     name: of the file, or the id on the hub: it may tell what the weights are.
-    description: the content of the JSON beside it, {} where there is none.
+    description: the content of the JSON beside it or inside, {} where there is none.
   """
 
   tensors: pathlib.Path
@@ -66,10 +69,10 @@ def find(source: str) -> WeightFiles:
       raise InputError(f"config.model.pretrained={source!r}: the folder holds neither a run or an "
                        f"export of this program nor {' or '.join(HUB_FILES)}; give a file, or "
                        "another folder")
-    return WeightFiles(present[0], present[0].name, _description(path / DESCRIPTION))
+    return WeightFiles(present[0], present[0].name, _description(present[0]))
   if is_there:
-    return WeightFiles(path, path.name, _description(path.with_name(DESCRIPTION)))
-  found = _HUB_ID.fullmatch(source)
+    return WeightFiles(path, path.name, _description(path))
+  found = HUB_ID.fullmatch(source)
   if not found or path.suffix in (".safetensors", *TORCH_ENDINGS):
     raise InputError(f"config.model.pretrained={source!r}: there is no such file, and it is no id "
                      "on the Hugging Face hub, such as 'timm/tf_efficientnet_b0.ap_in1k'; give one "
@@ -120,15 +123,37 @@ def _read(path: pathlib.Path) -> dict[str, np.ndarray]:
   return state_dict_of(tensors)
 
 
-def _description(path: pathlib.Path) -> dict[str, Any]:
+def _description(tensors: pathlib.Path) -> dict[str, Any]:
+  """The JSON beside a file of weights; without one, that which `write_tensors` has put inside."""
+  path, content = tensors.with_name(DESCRIPTION), "{}"
   try:
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = path.read_text(encoding="utf-8")
   except OSError:
-    return {}
+    with (contextlib.suppress(safetensors.SafetensorError, OSError),   # another kind of file
+          safetensors.safe_open(tensors, framework="numpy") as file):
+      content = (file.metadata() or {}).get(_INSIDE, "{}")
+  except ValueError as error:
+    raise _no_json(path, error) from error
+  try:
+    content = json.loads(content)
   except (ValueError, RecursionError) as error:
-    raise InputError(f"config.model.pretrained: {str(path)!r} beside the weights is no JSON "
-                     f"({error}); mend or remove it") from error
+    raise _no_json(path, error) from error
   return content if isinstance(content, dict) else {}
+
+
+def _no_json(path: pathlib.Path, error: Exception) -> InputError:
+  return InputError(f"config.model.pretrained: {str(path)!r} beside the weights is no JSON "
+                    f"({error}); mend or remove it")
+
+
+def write_tensors(path: pathlib.Path, tensors: Mapping[str, np.ndarray],
+                  description: dict[str, Any]) -> None:
+  """Writes a safetensors file with its DESCRIPTION inside as well.
+
+  So the file that is copied away alone still says how its images were normalised.
+  """
+  safetensors.numpy.save_file(dict(tensors), path, metadata={
+      "format": "pt", _INSIDE: json.dumps(description)})
 
 
 def _from_hub(source: str, repository: str, revision: str | None) -> WeightFiles:
@@ -155,8 +180,8 @@ def _from_hub(source: str, repository: str, revision: str | None) -> WeightFiles
   if found is None:
     raise InputError(f"{asked}: the repository holds neither {' nor '.join(HUB_FILES)}; give "
                      "another")
-  description = fetch(DESCRIPTION)
-  return WeightFiles(found, repository, _description(description) if description else {})
+  fetch(DESCRIPTION)   # to lie beside it
+  return WeightFiles(found, repository, _description(found))
 
 
 def _fetch(repository: str, name: str, revision: str | None) -> pathlib.Path | None:

@@ -22,11 +22,19 @@ import numpy as np
 from flax import traverse_util
 
 from advprop_jax.errors import InputError
-from advprop_jax.models import NAMES, canonical_name, create_model, tensor_names
+from advprop_jax.models import (
+  NAMES,
+  architecture_of,
+  canonical_name,
+  create_model,
+  efficientnet,
+  tensor_names,
+)
 from advprop_jax.models.batch_norm import drop_auxiliary, main_path
 
 _SHOWN = 10  # differences that an error message lists
 _USUAL_CLASSES = 1000
+_ALIKE = 0.9  # share of the tensors, beside the classifier's, that makes two networks alike
 
 # Our leaf -> timm's leaf, in every dialect.
 _LEAVES = {
@@ -62,10 +70,9 @@ def from_state_dict(name: str, state_dict: Mapping[str, np.ndarray]) -> dict:
   pairs = _pairs_for(name, dialect, tensors)
   wrong = _differences({pair.theirs: pair.their_shape for pair in pairs}, _shapes(tensors))
   if wrong:
-    other = looks_like(tensors)
-    hint = f"; they look like those of {other}: give that as config.model.name" if (
-        other not in (None, canonical_name(name))) else ""
-    raise InputError(f"{_listed(wrong, name)}{hint}")
+    other = None if _likeness(name, _shapes(tensors)) > _ALIKE else looks_like(tensors)
+    hint = f"they look like those of {other}: give that as config.model.name; " if other else ""
+    raise InputError(f"{hint}{_listed(wrong, name)}")
   ours = {pair.ours: np.asarray(tensors[pair.theirs], np.float32).transpose(pair.inverse)
           for pair in pairs}
   return traverse_util.unflatten_dict(ours)
@@ -97,12 +104,16 @@ def to_timm(name: str, variables: Mapping) -> dict[str, np.ndarray]:
 
 
 def timm_name(name: str) -> str:
-  """What timm calls a network; an InputError if it has none such."""
+  """What timm calls a network, or would if it had it.
+
+  Its EfficientNets without `tf_` are others: of the same tensors, but padded as PyTorch pads, with
+  another epsilon in the batch norms.
+  """
   name = canonical_name(name)
-  if name.endswith("_tiny"):
-    raise InputError(f"config.export.format='timm': timm has no {name}; give 'stablehlo' or "
-                     "'checkpoint'")
-  return f"tf_{name}" if name.startswith("efficientnet") else name
+  return f"tf_{name}" if isinstance(architecture_of(name), efficientnet.Architecture) else name
+
+
+TIMM_NAMES = tuple(name for name in NAMES if not name.endswith("_tiny"))
 
 
 def fitted(variables: Mapping, fresh: Mapping,
@@ -141,17 +152,9 @@ def looks_like(state_dict: Mapping[str, np.ndarray]) -> str | None:
 
   It takes some seconds: all networks are made, without computing anything.
   """
-  found = _without_classifier(_shapes(_relevant(state_dict)))
-
-  def likeness(name):
-    dialect = tensor_names.dialect_of(name, found)
-    expected = _without_classifier({pair.theirs: pair.their_shape
-                                    for pair in _pairs(name, dialect, _USUAL_CLASSES)})
-    common = sum(found.get(key) == shape for key, shape in expected.items())
-    return common / max(len(found.keys() | expected.keys()), 1)
-
-  best, name = max((likeness(name), name) for name in NAMES)
-  return name if best > 0.9 else None
+  found = _shapes(_relevant(state_dict))
+  best, name = max((_likeness(name, found), name) for name in NAMES)
+  return name if best > _ALIKE else None
 
 
 def published_convention(name: str, file: str, state_dict: Mapping) -> str | None:
@@ -163,24 +166,32 @@ def published_convention(name: str, file: str, state_dict: Mapping) -> str | Non
     state_dict: their tensors.
 
   Returns:
-    A key of CONVENTIONS; None where an EfficientNet's weights do not say whether they are those of
-    AdvProp, which read [-1, 1], or others, which read images normalised by ImageNet's mean and
-    deviation.
+    A key of CONVENTIONS; None where the name tells nothing, or, of an EfficientNet, not whether the
+    weights are those of AdvProp, which read [-1, 1], or others, which read images normalised by
+    ImageNet's mean and deviation.
+
+  Raises:
+    InputError: they are of timm's EfficientNets without `tf_`.
 
   *Sources:* timm, models/efficientnet.py and models/resnet.py (default_cfgs); for Lite networks of
   the other dialect, tensorflow/tpu, efficientnet_lite_builder.py, from which they were converted.
   """
-  name = canonical_name(name)
+  file, name = file.rpartition("/")[2].lower(), canonical_name(name)
   if name.startswith("resnet"):
-    return "imagenet"
-  if "lite" in name:
-    timm = tensor_names.dialect_of(name, state_dict) == tensor_names.TIMM
-    return "inception" if timm else "lite"
-  words = re.split(r"[./_-]", file.rpartition("/")[2].lower())
+    return "imagenet" if "resnet" in file else None
+  if tensor_names.dialect_of(name, state_dict) == tensor_names.EFFICIENTNET_PYTORCH:
+    if "lite" in name:
+      return "lite"
+  elif file.startswith("efficientnet"):
+    raise InputError(f"{file!r} is a name of timm's networks that pad as PyTorch does; give the "
+                     f"weights of {timm_name(name)}")
+  elif "lite" in name:
+    return "inception" if file.startswith("tf_efficientnet_lite") else None
+  words = re.split(r"[./_-]", file)
   if {"ap", "adv", "advprop"} & {*words}:
     return "inception"
-  published = re.match(r"(tf_)?efficientnet[-_]b\d-[0-9a-f]{8}\.", file.rpartition("/")[2])
-  return "imagenet" if published or {"aa", "ns", "ra", "in1k"} & {*words} else None
+  plain = re.match(r"(tf_)?efficientnet[-_]b\d-[0-9a-f]{8}\.", file)
+  return "imagenet" if plain or {"aa", "ns", "ra", "in1k"} & {*words} else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,6 +237,15 @@ def _length(bias: np.ndarray | None) -> int:
 def _relevant(state_dict: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
   return {key: value for key, value in state_dict.items()
           if not key.endswith("num_batches_tracked")}
+
+
+def _likeness(name: str, shapes: Mapping[str, tuple[int, ...]]) -> float:
+  """The share of tensors that have a network's names and shapes, beside those of the classifier."""
+  found = _without_classifier(shapes)
+  pairs = _pairs(canonical_name(name), tensor_names.dialect_of(name, found), _USUAL_CLASSES)
+  expected = _without_classifier({pair.theirs: pair.their_shape for pair in pairs})
+  common = sum(found.get(key) == shape for key, shape in expected.items())
+  return common / max(len(found.keys() | expected.keys()), 1)
 
 
 def _without_classifier(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:

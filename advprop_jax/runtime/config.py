@@ -115,7 +115,8 @@ def create_network(config: ml_collections.ConfigDict, num_classes: int) -> Netwo
       bank["name"], num_classes, create_scheme(config).domains, dtype=bank["dtype"],
       share_statistics=bank["share_statistics"], share_affine=bank["share_affine"], axis_name=AXIS,
       group_size=bank["bn_group_size"], dropout_rate=bank["dropout_rate"],
-      drop_path_rate=bank["drop_path_rate"], input_convention=bank["input_convention"])
+      drop_path_rate=bank["drop_path_rate"], input_convention=bank["input_convention"],
+      remat=bank.get("remat", False))  # runs of before this field are read too
 
 
 def _check_scheme(values: dict[str, Any], scheme: Scheme) -> None:

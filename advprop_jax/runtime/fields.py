@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 from advprop_jax import models
-from advprop_jax.data.transforms import AUGMENTATIONS
+from advprop_jax.data.transforms import AUGMENTATIONS, CROPS
 from advprop_jax.method import attack, optimizer
 from advprop_jax.method.schemes import SCHEMES
 from advprop_jax.models.conventions import CONVENTIONS
@@ -40,6 +40,11 @@ def known_network(name: str) -> str | None:
   return one_of(models.NAMES)(name.removeprefix("tf_"))
 
 
+def not_empty(value: str) -> str | None:
+  """A text that says something."""
+  return None if value.strip() else "a path or an id, or leave it unset"
+
+
 def anything(value: Any) -> None:
   """No condition but the type."""
 
@@ -63,7 +68,8 @@ FIELDS = {
 
     "model.name": Field("efficientnet_b0", str, "network", known_network),
     "model.pretrained": Field(None, str, "weights to start from: a .safetensors or .pth file, an "
-                              "id on the Hugging Face hub, a workdir, or an exported checkpoint"),
+                              "id on the Hugging Face hub, a workdir, or an exported checkpoint",
+                              not_empty),
     "model.input_convention": Field(None, str, "how images are normalised for the first "
                                     "convolution; not set: as the pretrained weights want it, else "
                                     "not at all, which is 'inception'", one_of(CONVENTIONS)),
@@ -75,6 +81,8 @@ FIELDS = {
     "model.share_statistics": Field(False, bool, "one mean and variance for all domains"),
     "model.share_affine": Field(False, bool, "one scale and bias for all domains"),
     "model.bn_group_size": Field(1, int, "replicas whose batches are normalised as one", POSITIVE),
+    "model.remat": Field(False, bool, "gradients compute what is inside of blocks again: less "
+                         "memory, more time, the same numbers"),
 
     "attack.name": Field("pgd", str, "attacker", one_of(attack.ATTACKS)),
     "attack.norm": Field("linf", str, "of ball and step", one_of(attack.NORMS)),
@@ -94,14 +102,16 @@ FIELDS = {
     "attack.one_in": Field(None, int, "of fast_advprop: attacks one image in so many; not set: 5",
                            between(2)),
 
-    "data.name": Field("bundled", str, "'bundled', 'folder' (of class folders), or a TFDS data set "
-                       "prepared as array_record"),
+    "data.name": Field("bundled", str, "'bundled', 'folder' (of class folders), 'imagenet_folder' "
+                       "(its classes, whatever of them there is), or a TFDS data set prepared as "
+                       "array_record"),
     "data.dir": Field(None, str, "folder of TFDS data sets, local or gs://, or that holds "
                       "train/CLASS/ and test/CLASS/"),
-    "data.broken": Field("fatal", str, "files of class folders that do not decode: an error, or "
+    "data.broken": Field("fatal", str, "files in folders that are no whole images: an error, or "
                          "left out", one_of(("fatal", "skip"))),
     "data.train_split": Field("train", str, "split to train on"),
-    "data.test_split": Field("test", str, "split to evaluate on"),
+    "data.test_split": Field("test", str, "split to evaluate on; of imagenet_folder any folder in "
+                             "data.dir, such as gaussian_noise/3"),
     "data.image_size": Field(None, int, "height and width, pixels; not set: the network's own",
                              POSITIVE),
     "data.crop_fraction": Field(None, float, "of the shorter side of a test image, that is shown; "
@@ -111,8 +121,13 @@ FIELDS = {
     "data.augment": Field("crop_flip", str, "of training images", one_of(AUGMENTATIONS)),
     "data.second_augment": Field(None, str, "of the second view, for fine_grained",
                                  one_of(("autoaugment", "randaugment"))),
-    "data.padding": Field(4, int, "of a random crop, pixels on each side", NOT_NEGATIVE),
-    "data.num_threads": Field(2, int, "that read and decode; 0: in the main one", NOT_NEGATIVE),
+    "data.crop": Field("pad", str, "of training images before they are flipped and augmented: of "
+                       "small ones with a border, of photographs random_resized", one_of(CROPS)),
+    "data.padding": Field(4, int, "of the crop 'pad', pixels on each side", NOT_NEGATIVE),
+    "data.num_workers": Field(0, int, "processes that read and decode; 0: in the main one",
+                              NOT_NEGATIVE),
+    "data.num_threads": Field(2, int, "that read and decode, of each such process; 0: in the main "
+                              "one", NOT_NEGATIVE),
 
     "loss.label_smoothing": Field(0.1, float, "of the loss, also of the attacked one", SHARE),
     **{f"loss.weights.{name}": Field(None, float, "of these images' loss; not set: the scheme's",

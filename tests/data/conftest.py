@@ -2,7 +2,7 @@
 
 import pytest
 
-from advprop_jax.data import folder
+from advprop_jax.data import file_index
 
 
 @pytest.fixture(autouse=True)
@@ -15,9 +15,9 @@ def cache(tmp_path_factory, monkeypatch):
 
 @pytest.fixture
 def looked_at(monkeypatch):
-  """Every file that is decoded for the index, in a list that grows."""
+  """Every file that is looked at for the index, in a list that grows."""
   seen = []
-  examined = folder._examined
-  monkeypatch.setattr(folder, "_examined", lambda root, paths: (
+  examined = file_index._examined
+  monkeypatch.setattr(file_index, "_examined", lambda root, paths: (
     seen.extend(paths), examined(root, paths))[1])
   return seen

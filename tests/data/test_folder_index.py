@@ -1,18 +1,21 @@
 """The index of class folders: made once, kept, made again where the folder has changed."""
 
-import json
+import errno
 import os
 import pathlib
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 
+from advprop_jax.data import file_index
 from advprop_jax.data.folder import open_folder
 from tests.class_folders import (
   INDEX,
   aged,
   animals,
+  indexed,
   labels,
   paths,
   save,
@@ -108,24 +111,31 @@ def test_a_file_changed_in_place_is_noticed_with_the_next_index(tmp_path, looked
   assert sorted(looked_at) == ["cat/000.png", "cat/new.png"]
 
 
-@pytest.mark.parametrize("content", [
-  b"", b"{", b"[1]", b'{"version": 0}', b'{"version": 1}', b"\xff",
-  b'{"version": 1, "folders": {}, "files": {"cat/000.png": [1]}, "broken": []}'])
-def test_an_index_that_does_not_read_is_made_again(tmp_path, looked_at, content):
-  animals(tmp_path)
-  (tmp_path / INDEX).write_bytes(content)
-  assert len(open_folder(tmp_path)) == len(looked_at) == 7
-  assert len(json.loads((tmp_path / INDEX).read_text())["files"]) == 7
-
-
-def test_an_index_of_another_version_is_made_again(tmp_path, looked_at):
+@pytest.mark.parametrize("change", [
+  lambda content: b"", lambda content: b"{", lambda content: b"\xff" * 999,
+  lambda content: content[:len(content) // 2], lambda content: content[:-1],
+  lambda content: content[:300] + bytes([content[300] ^ 255]) + content[301:]])
+def test_an_index_that_does_not_read_is_made_again(tmp_path, looked_at, change):
   open_folder(aged(animals(tmp_path)))
-  content = json.loads((tmp_path / INDEX).read_text())
-  (tmp_path / INDEX).write_text(json.dumps({**content, "version": content["version"] + 1}))
+  looked_at.clear()
+  (tmp_path / INDEX).write_bytes(change((tmp_path / INDEX).read_bytes()))
+  assert len(open_folder(tmp_path)) == len(looked_at) == 7
+  assert len(indexed(tmp_path / INDEX)) == 7
+
+
+@pytest.mark.parametrize(("name", "value"), [
+  ("version", 3), ("entries", np.zeros((3, 4), np.int64)), ("entries", np.zeros((7, 2), np.int64)),
+  ("folder_states", np.zeros((1, 2), np.int64)), ("paths", None)])
+def test_an_index_of_another_version_is_made_again(tmp_path, looked_at, name, value):
+  open_folder(aged(animals(tmp_path)))
+  content = dict(np.load(tmp_path / INDEX))
+  other = {**content, name: value}
+  np.savez(tmp_path / INDEX, **{name: value for name, value in other.items() if value is not None})
   looked_at.clear()
   open_folder(tmp_path)
   assert len(looked_at) == 7
-  assert json.loads((tmp_path / INDEX).read_text()) == content
+  for name, value in np.load(tmp_path / INDEX).items():
+    np.testing.assert_array_equal(value, content[name])
 
 
 def test_a_folder_that_cannot_be_written_is_indexed_in_the_cache(tmp_path, cache, looked_at):
@@ -160,7 +170,7 @@ def test_an_index_is_put_in_place_as_a_whole(tmp_path, monkeypatch):
   put = []
 
   def failing(source, target):
-    put.append(json.loads(pathlib.Path(source).read_text())["files"].keys())
+    put.append(indexed(pathlib.Path(source)))
     assert not pathlib.Path(target).exists() or pathlib.Path(target).read_bytes() == old
     raise OSError("no space left")
 
@@ -179,3 +189,48 @@ def test_many_may_start_at_once(tmp_path, cache):
   assert {len(source) for source in sources} == {7}
   assert sorted(os.listdir(tmp_path)) == [INDEX, "test", "train"]
   assert not list(cache.iterdir())
+
+
+def test_a_full_disk_is_a_warning(tmp_path, monkeypatch, caplog):
+  """Fails where a run ends for want of space for the index, or a part of one stays behind."""
+  animals(tmp_path)
+
+  def full(self, content):
+    with open(self, "wb") as file:
+      file.write(bytes(content)[:100])
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self))
+
+  monkeypatch.setattr(pathlib.Path, "write_bytes", full)
+  assert len(open_folder(tmp_path)) == 7
+  [record] = caplog.records
+  assert "can be written to none of" in record.getMessage()
+  assert "(No space left on device)" in record.getMessage()
+  assert sorted(os.listdir(tmp_path)) == ["test", "train"]
+
+
+def test_whole_jpegs_are_not_decoded(tmp_path, monkeypatch):
+  """Fails where 1.28 million files would take hours; those without their end are decoded."""
+  decoded = []
+  decode = file_index.decode
+  monkeypatch.setattr(file_index, "decode", lambda content: (
+    decoded.append(len(content)), decode(content))[1])
+  for number in range(5):
+    save(tmp_path / "train" / "cat" / f"{number}.jpg", height=90 + number, width=80)
+  cut = save(tmp_path / "train" / "cat" / "cut.jpg", height=90, width=80)
+  cut.write_bytes(cut.read_bytes()[:-100])
+  png = save(tmp_path / "train" / "cat" / "b.JPEG.png").rename(tmp_path / "train/cat/b.JPEG")
+  index, faults = file_index.read_index(tmp_path / "train")
+  assert sorted(decoded) == sorted([cut.stat().st_size, png.stat().st_size])
+  assert list(faults) == ["cat/cut.jpg"]
+  assert index.paths == [*(f"cat/{number}.jpg" for number in range(5)), "cat/b.JPEG"]
+  assert index.entries[:, 2:].tolist() == [*([80, 90 + number] for number in range(5)), [5, 4]]
+
+
+def test_paths_in_little_memory():
+  """Fails where a name that is no UTF-8, is empty, or has many bytes comes back as another."""
+  names = ["cat/1.jpg", "", "ü/ß.png", os.fsdecode(b"\xff\xfe"), "x" * 300]
+  packed = file_index.Paths.of(names)
+  assert (list(packed), len(packed), packed[-1]) == (names, 5, names[-1])
+  with pytest.raises(IndexError):
+    packed[5]
+  assert not len(file_index.Paths.of([]))

@@ -97,13 +97,14 @@ def test_constant():
 
 
 def test_moving_average_ramps_up():
-  """decay_t = min(decay, (1 + t) / (10 + t)), of parameters and of statistics alike."""
+  """decay_t = min(decay, (1 + t) / (10 + t)), t from 1, of parameters and of statistics alike."""
   ema = {"params": {"w": jnp.zeros(2)}, "batch_stats": {"mean": jnp.zeros(2)}}
   expected = 0.0
-  for t in range(60):
+  for t in range(1, 60):
     decay = min(0.8, (1 + t) / (10 + t))
     expected = decay * expected + (1 - decay) * t
-    ema = update_ema(ema, jax.tree.map(lambda x, t=t: jnp.full_like(x, t), ema), jnp.int32(t), 0.8)
+    ema = update_ema(ema, jax.tree.map(lambda x, t=t: jnp.full_like(x, t), ema), jnp.int32(t - 1),
+                     0.8)
   for leaf in jax.tree.leaves(ema):
     np.testing.assert_allclose(leaf, expected, rtol=1e-5)
   assert update_ema({}, {"params": {}}, jnp.int32(0), 0.9) == {}

@@ -11,6 +11,7 @@ import foolbox
 import numpy as np
 import pytest
 
+from advprop_jax.errors import InputError
 from advprop_jax.experiment import open_network
 from advprop_jax.models.weight_files import read_tensors
 from advprop_jax.models.weights import from_state_dict, published_convention, to_timm
@@ -81,10 +82,21 @@ def test_every_tensor_arrives(name):
     ("efficientnet_b0", "efficientnet-b0-355c32eb.pth", "imagenet"),
     ("efficientnet_b0", "map/model.safetensors", None),
     ("resnet50", "resnet50-0676ba61.pth", "imagenet"),
+    ("resnet50", "timm/resnet50.a1_in1k", "imagenet"),
+    ("resnet50", "model.safetensors", None),
+    ("efficientnet_lite0", "model.safetensors", None),
     ("efficientnet_lite0", "tf_efficientnet_lite0-0aa007d2.pth", "inception")])
 def test_conventions_of_published_files(network, file, convention):
   """As timm's default_cfgs have them; fails where "ap" is found inside of another word."""
-  assert published_convention(network, file, {"conv_stem.weight": np.zeros(1)}) == convention
+  stem = "_conv_stem" if "efficientnet-" in file else "conv_stem"  # of EfficientNet-PyTorch
+  assert published_convention(network, file, {f"{stem}.weight": np.zeros(1)}) == convention
+
+
+def test_networks_of_another_padding_are_refused():
+  """timm's EfficientNets without tf_ have the same tensors, and give other logits."""
+  for file in ("efficientnet_b0_ra-3dd342df.pth", "timm/efficientnet_b0.ra_in1k"):
+    with pytest.raises(InputError, match="tf_efficientnet_b0"):
+      published_convention("efficientnet_b0", file, {"conv_stem.weight": np.zeros(1)})
 
 
 def test_a_lite_network_of_the_other_dialect_reads_what_it_was_trained_on():

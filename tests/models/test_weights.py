@@ -187,7 +187,7 @@ def test_tensors_that_do_not_fit_are_named_with_both_shapes(change, message):
 def test_ten_differences_are_listed_at_most():
   with pytest.raises(InputError) as raised:
     from_state_dict("efficientnet_tiny", random_state_dict("efficientnet_b0"))
-  *listed, more, hint = str(raised.value).split("; ")
+  hint, *listed, more = str(raised.value).split("; ")
   assert len(listed) == 10
   assert re.fullmatch(r"and \d+ more", more)
   assert hint == "they look like those of efficientnet_b0: give that as config.model.name"

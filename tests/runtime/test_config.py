@@ -28,6 +28,7 @@ from advprop_jax.runtime.config import (
   validate,
 )
 from advprop_jax.runtime.variants import choose, variants
+from configs import imagenet_efficientnet, imagenet_resnet
 from tests.conftest import ROOT
 
 FILES = sorted(path.relative_to(ROOT / "configs") for path in (ROOT / "configs").glob("**/*.py"))
@@ -42,20 +43,97 @@ VARIANTS = [(path, variant) for path in FILES for variant in variants(module(pat
 
 
 def load(path, variant=""):
-  """A config; where it would fetch weights to know their input convention, that is given."""
+  """A config; where it would fetch weights to know what they say of themselves, that is given."""
   config = module(path).get_config(variant)
   if config.model.pretrained:
     config.model.input_convention = "imagenet"
+    config.data.image_size, config.data.crop_fraction = 224, 0.875
   return config
 
 
 @pytest.mark.parametrize("path", FILES, ids=str)
-def test_every_variant_of_every_config_is_valid(path):
+def test_every_variant_of_every_config_is_valid(path, monkeypatch):
+  """On as many devices as the variant says; else on one, or on 8 where it is no small one."""
+  few = 1 if "small" in path.parts or path.stem == "quickstart" else 8
   for variant in variants(module(path).CHOICES):
-    config = resolve(load(path, variant))
-    validate(config, devices=1 if "small" in path.parts or path.stem == "quickstart" else 8)
+    devices = int(choose(variant, module(path).CHOICES).get("chips", few))
+    monkeypatch.setattr(jax, "device_count", lambda devices=devices: devices)
+    config = resolve(load(path, variant))  # validates it
     json.dumps(config.to_dict())
     assert config.data.image_size is not None
+
+
+CHIPS = tuple(int(chips) for chips in imagenet_efficientnet.CHIPS)
+
+
+@pytest.mark.parametrize("chips", CHIPS)
+@pytest.mark.parametrize(("recipe", "names", "images", "rate"), [
+    (imagenet_efficientnet, [f"b{i}" for i in range(9)], 4096, 0.256),
+    (imagenet_resnet, ["50", "101", "152", "200"], 1024, 0.4)], ids=["efficientnet", "resnet"])
+def test_the_updates_do_not_depend_on_the_number_of_chips(recipe, names, images, rate, chips):
+  """Fails where batch or learning rate follow the chips, or a chip holds more than it can."""
+  for name in names:
+    config = recipe.get_config(f"{name},chips={chips}")
+    assert config.data.batch_size == images
+    assert math.isclose(config.optimizer.learning_rate, rate)
+    at_once = images // (chips * config.train.accumulation)
+    assert at_once * chips * config.train.accumulation == images
+    most = recipe.AT_ONCE[name]
+    kept, recomputed = (most, most) if isinstance(most, int) else most
+    assert at_once <= (recomputed if config.model.remat else kept)
+    # The most that fits, unless there are no more.
+    assert config.train.accumulation == 1 or at_once == (
+        recomputed if config.model.remat else kept)
+    assert config.model.bn_group_size == (1 if chips <= 8 else max(8, chips / 8))
+    assert at_once * config.model.bn_group_size >= min(images, 16)
+
+
+def test_the_recipe_is_the_published_one():
+  """tensorflow/tpu's flags for EfficientNets; what they have in common with its ResNets."""
+  config = imagenet_efficientnet.get_config("b0")
+  efficientnet = {
+      "optimizer.name": "rmsprop", "optimizer.rms_decay": 0.9, "optimizer.momentum": 0.9,
+      "optimizer.epsilon": 1e-3, "optimizer.schedule": "exponential", "optimizer.decay_rate": 0.97,
+      "optimizer.decay_epochs": 2.4, "optimizer.weight_decay": 1e-5, "train.epochs": 350.0,
+      "train.ema_decay": 0.9999, "data.augment": "autoaugment"}
+  common = {"optimizer.warmup_epochs": 5.0, "optimizer.weight_decay_form": "l2",
+            "optimizer.decay_batch_norm": False, "loss.label_smoothing": 0.1,
+            "model.dtype": "bfloat16", "data.crop": "random_resized", "model.dropout_rate": None,
+            "model.drop_path_rate": None, "data.image_size": None, "data.crop_fraction": None}
+  resnet = {"optimizer.name": "sgd", "optimizer.momentum": 0.9, "optimizer.nesterov": True,
+            "optimizer.weight_decay": 1e-4, "train.epochs": 90.0, "data.augment": "crop_flip"}
+  assert (efficientnet | common).items() <= flatten(config).items()
+  assert (resnet | common).items() <= flatten(imagenet_resnet.get_config("50")).items()
+  strengths = [imagenet_efficientnet.get_config(f"b{i}").attack for i in range(9)]
+  assert [(int(attack.epsilon), attack.num_steps) for attack in strengths] == [
+      (1, 1), (1, 1), (1, 1), (2, 3)] + [(4, 5)] * 5
+  assert {attack.step_size for attack in strengths} == {1.0}
+  crops = [resolve(imagenet_efficientnet.get_config(f"b{i}")).data.crop_fraction for i in range(9)]
+  np.testing.assert_allclose(
+      crops, [0.875, 0.882, 0.890, 0.904, 0.922, 0.934, 0.943, 0.949, 0.954], atol=6e-4)
+
+
+@pytest.mark.parametrize("chips", [12, 72, 100])
+def test_chips_that_do_not_divide(chips):
+  with pytest.raises(InputError, match=f"chips={chips}: .* give "):
+    imagenet_efficientnet.recipe("b0", chips)
+
+
+def test_groups_of_batch_norms():
+  """TpuBatchNormalization: one replica up to 8, else eight groups, of at least 8."""
+  sizes = {chips: imagenet_efficientnet.bn_group_size(chips)
+           for chips in (1, 8, 16, 24, 64, 128, 512)}
+  assert sizes == {1: 1, 8: 1, 16: 8, 24: 8, 64: 8, 128: 16, 512: 64}
+  with pytest.raises(InputError, match="chips=12: do not divide into groups of 8"):
+    imagenet_efficientnet.bn_group_size(12)
+
+
+def test_networks_that_do_not_fit_compute_blocks_again():
+  """Where accumulation alone would leave batch norms few images, and only there."""
+  remat = {name: imagenet_efficientnet.recipe(name, 8).model.remat
+           for name in imagenet_efficientnet.AT_ONCE}
+  assert remat == {f"b{i}": i >= 5 for i in range(9)}
+  assert not imagenet_efficientnet.recipe("b5", 512).model.remat  # 8 images for each chip
 
 
 def test_variants_differ_and_the_first_is_the_default():
@@ -98,8 +176,10 @@ def test_a_step_of_the_config_can_be_traced(path, variant):
                          training_attack(config, 100.0))
   size = config.data.image_size
   state = jax.eval_shape(lambda: create_train_state(method.model, method.optimizer, 0, size, True))
-  images = jax.ShapeDtypeStruct((1, 10, size, size, 3), np.uint8)
-  batch = {"image": images, SECOND_VIEW: images, "label": jax.ShapeDtypeStruct((1, 10), np.int32)}
+  images = 10 * config.train.accumulation
+  labels = jax.ShapeDtypeStruct((1, images), np.int32)
+  images = jax.ShapeDtypeStruct((1, images, size, size, 3), np.uint8)
+  batch = {"image": images, SECOND_VIEW: images, "label": labels}
   step = jax.pmap(lambda s, b: train_step(method, s, b), axis_name=method.axis_name,
                   in_axes=(None, 0), out_axes=None)
   new_state, metrics = jax.eval_shape(step, state, batch)
@@ -125,6 +205,7 @@ BAD = {
     "data.image_size": (3, "at least"),
     "data.batch_size": (0, "at least 1"),
     "data.augment": ("autoaugment_v9", "crop_flip"),
+    "data.crop": ("random_resize", "random_resized"),
     "loss.label_smoothing": (1.1, "at most 1"),
     "loss.weights.clean": (-1.0, "at least 0"),
     "optimizer.name": ("rmsprob", "rmsprop"),

@@ -1,0 +1,50 @@
+"""The folder of a run, and whether a config is that of the run in it."""
+
+import os
+
+import ml_collections
+
+from advprop_jax.errors import InputError
+from advprop_jax.runtime.config import differences
+from advprop_jax.runtime.metrics import read_json
+
+LATER = ("eval", "export", "checkpoint")            # sections of a config that may change later
+SPEED = ("data.num_workers", "data.num_threads")    # fields that change nothing but the speed
+
+
+def make_workdir(workdir: str) -> None:
+  """Makes the folder of a run, unless it is there; an InputError if that cannot be."""
+  try:
+    os.makedirs(workdir, exist_ok=True)
+    if not os.access(workdir, os.W_OK):
+      raise PermissionError(13, "Permission denied")
+  except OSError as error:
+    raise InputError(f"--workdir={workdir}: cannot be used ({error.strerror}); give a folder that "
+                     "can be written") from error
+
+
+def read_config(workdir: str) -> dict:
+  """The config that a workdir's run was started with.
+
+  Raises:
+    InputError: its config.json is not whole.
+  """
+  saved = read_json(os.path.join(workdir, "config.json"))
+  if not saved:
+    raise InputError(f"--workdir={workdir}: its config.json is not whole; delete that file, and "
+                     "what the checkpoints say will be taken")
+  return saved
+
+
+def refuse_other_config(config: ml_collections.ConfigDict, saved: dict, workdir: str,
+                        ignored: tuple[str, ...] = ()) -> None:
+  """Raises an InputError if a workdir holds a run of another config, and says what differs.
+
+  SPEED fields may always differ.
+  """
+  differing = differences(config.to_dict(), saved, (*ignored, *SPEED))
+  if differing:
+    more = f" and {len(differing) - 10} more" if len(differing) > 10 else ""
+    raise InputError(
+        f"--workdir={workdir}: holds a run of another config; take another workdir, or set back "
+        f"{', '.join(differing[:10])}{more} (saved -> given)")
