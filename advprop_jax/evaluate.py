@@ -19,7 +19,13 @@ from advprop_jax.method.step import Method, eval_step
 from advprop_jax.runtime import parallel
 from advprop_jax.runtime.checkpoint import Checkpoints
 from advprop_jax.runtime.metrics import table, write_json
-from advprop_jax.runtime.workdir import LATER, make_workdir, read_config, refuse_other_config
+from advprop_jax.runtime.workdir import (
+  EVALUATED,
+  LATER,
+  make_workdir,
+  read_config,
+  refuse_other_config,
+)
 from advprop_jax.trained import BEST_METRIC, NOTHING, has_begun
 
 CLEAN = "clean"
@@ -84,11 +90,13 @@ def attacked_domain(method: Method) -> str | None:
 def evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict:
   """Evaluates a run, or published weights, prints the table, and writes it and the picture.
 
+  Only the test images are read, which may be others than those of the run.
+
   With config.eval.photographs it says instead what these show.
 
   Args:
-    config: that of the run; `eval` may differ. Where no run has begun in workdir, weights are those
-      of config.model.pretrained.
+    config: that of the run; `eval` and which test images may differ. Where no run has begun in
+      workdir, weights are those of config.model.pretrained.
     workdir: where the run is.
 
   Returns:
@@ -99,7 +107,7 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict:
   """
   if config.get("eval") and config.eval.get("photographs") is not None:
     return predict.predict(config, workdir)
-  experiment = create_experiment(config, workdir)
+  experiment = create_experiment(config, workdir, training=False)
   if not has_begun(workdir) and experiment.config.model.pretrained is not None:
     make_workdir(workdir)
     state, step = published_state(experiment), 0
@@ -123,7 +131,7 @@ def trained_state(experiment: Experiment, workdir: str) -> tuple[TrainState, int
   """The state of a run's newest or best checkpoint, and its step."""
   config, abstract = experiment.config, jax.eval_shape(lambda: fresh_state(experiment))
   if os.path.exists(os.path.join(workdir, "config.json")):
-    refuse_other_config(config, read_config(workdir), workdir, ignored=LATER)
+    refuse_other_config(config, read_config(workdir), workdir, ignored=(*LATER, *EVALUATED))
   with Checkpoints(os.path.join(workdir, "checkpoints"), write=False,
                    best_metric=BEST_METRIC) as checkpoints:
     if config.eval.checkpoint == "best":
@@ -132,7 +140,7 @@ def trained_state(experiment: Experiment, workdir: str) -> tuple[TrainState, int
       restored = checkpoints.restore_latest(abstract)
   if restored is None:
     raise InputError(f"--workdir={workdir}: {NOTHING}")
-  refuse_other_config(config, restored.config, workdir, ignored=LATER)
+  refuse_other_config(config, restored.config, workdir, ignored=(*LATER, *EVALUATED))
   return restored.state, restored.step
 
 
@@ -162,6 +170,7 @@ def conclude(experiment: Experiment, variables: dict, step: int, workdir: str,
   summary = {
       "scheme": config.scheme, "network": config.model.name, "seed": config.seed, "step": step,
       "weights": weights_of(config, step),
+      "data": f"{config.data.name}, {config.data.test_split}",
       "attack": dataclasses.asdict(attack), "results": results, "training": training,
       "evaluation_seconds": round(seconds, 2), "devices": jax.device_count(),
       "device_kind": jax.devices()[0].device_kind}

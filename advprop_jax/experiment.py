@@ -77,12 +77,15 @@ class Experiment:
     return step // every > (step - 1) // every
 
 
-def create_experiment(config: ml_collections.ConfigDict, workdir: str | None = None) -> Experiment:
+def create_experiment(config: ml_collections.ConfigDict, workdir: str | None = None,
+                      training: bool = True) -> Experiment:
   """Opens the data and builds the method of a config.
 
   Args:
     config: from `runtime.config.default_config()`, changed at will.
     workdir: of the run; None for none.
+    training: False for evaluation alone: the training images need not be there, and the test images
+      stand in their place.
 
   Returns:
     The experiment; nothing has been computed yet.
@@ -91,10 +94,12 @@ def create_experiment(config: ml_collections.ConfigDict, workdir: str | None = N
     InputError: a config or data that cannot work.
   """
   config = resolve(config, workdir)
-  train_source = open_split(config.data, config.data.train_split, training=True)
   test_source = open_split(config.data, config.data.test_split)
+  train_source = open_split(config.data, config.data.train_split, True) if training else test_source
   num_classes = train_source.num_classes
   _check_classes(config, train_source.class_names, test_source.class_names)
+  if not training and workdir and trained.has_begun(workdir):
+    _check_classes(config, trained.read_classes(workdir), test_source.class_names, "the run")
   if config.attack.target != "none" and num_classes < 2:
     raise InputError(f"config.attack.target={config.attack.target!r}: there is no other label in "
                      f"data of {num_classes} class; give 'none'")
@@ -103,7 +108,7 @@ def create_experiment(config: ml_collections.ConfigDict, workdir: str | None = N
   # Of an epoch as the config means it.
   steps = steps_per_epoch / scheme.budget if scheme.same_budget else steps_per_epoch
   total_steps = duration(config.train, "", steps)
-  if not total_steps and config.train.steps is None and config.train.epochs:
+  if training and not total_steps and config.train.steps is None and config.train.epochs:
     raise InputError(f"config.train.epochs={config.train.epochs:g}: less than one step of "
                      f"{config.data.batch_size} images; give at least {1 / steps:.2g}, or 0")
   schedule = create_schedule(config.optimizer, steps, total_steps)
@@ -115,15 +120,15 @@ def create_experiment(config: ml_collections.ConfigDict, workdir: str | None = N
       steps_per_epoch=steps_per_epoch, total_steps=total_steps)
 
 
-def _check_classes(config, train_names, test_names):
+def _check_classes(config, train_names, test_names, origin=None):
   """Raises an InputError if a label means another class in one of the splits than in the other."""
   if train_names != test_names:
     ours, theirs = (sources.listed(sorted(set(a) - set(b)))
                     for a, b in ((train_names, test_names), (test_names, train_names)))
     raise InputError(
         f"config.data.test_split={config.data.test_split!r}: its classes are not those of "
-        f"{config.data.train_split!r} (there alone: {ours}; here alone: {theirs}); give splits of "
-        "the same classes")
+        f"{origin or repr(config.data.train_split)} (there alone: {ours}; here alone: {theirs}); "
+        "give splits of the same classes")
 
 
 def open_split(data: ml_collections.ConfigDict, split: str, training: bool = False

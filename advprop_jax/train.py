@@ -136,7 +136,8 @@ def open_batches(experiment: Experiment) -> loader.TrainingBatches:
       experiment.train_source, batch_size=config.data.batch_size,
       transform=views.pop("image"), more_views=views,
       seed=config.seed, num_workers=config.data.num_workers, num_threads=config.data.num_threads,
-      process_index=jax.process_index(), process_count=jax.process_count())
+      process_index=jax.process_index(), process_count=jax.process_count(),
+      skip_broken=config.data.broken == "skip")
 
 
 def claim_workdir(experiment: Experiment, workdir: str) -> None:

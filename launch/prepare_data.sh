@@ -26,7 +26,7 @@ Options:
 
 TFDS data need: pip install tensorflow tensorflow-datasets array_record, and for
 imagenet2012_corrupted opencv-python scikit-image scipy. Use an environment of its own: nothing
-else here needs TensorFlow. What is finished is not built again. Sizes: launch/README.md.
+else here needs TensorFlow. TFDS data that are finished are not built again. Sizes: launch/README.md.
 TEXT
 }
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from flax import traverse_util
+from PIL import Image
 
 from advprop_jax import models, trained
 from advprop_jax.data import imagenet
@@ -215,3 +216,26 @@ def test_weights_from_state_dict_are_float32():
           for name, value in to_timm("one_block", random_variables()).items()}
   assert {leaf.dtype for leaf in jax.tree.leaves(from_state_dict("one_block", half))} == {
       np.dtype("float32")}
+
+
+def test_a_run_can_be_evaluated_where_its_training_images_are_not(run, tmp_path):
+  """On other images of the same classes; fails where all data of the run have to be there."""
+  config, workdir = run
+  config = config.copy_and_resolve_references()
+  source = create_experiment(config).test_source
+  for i, record in enumerate(source):
+    folder = tmp_path / "val" / source.class_names[record["label"]].replace("/", "_")
+    folder.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(record["image"]).save(folder / f"{i}.png")
+  config.data.name, config.data.dir, config.data.test_split = "folder", str(tmp_path), "val"
+  with pytest.raises(InputError, match="its classes are not those of the run"):
+    evaluate(config, workdir)
+  kept = trained.read_classes(workdir)
+  names = sorted(path.name for path in (tmp_path / "val").iterdir())
+  trained.write_classes(workdir, tuple(names))
+  try:
+    summary = evaluate(config, workdir)
+  finally:
+    trained.write_classes(workdir, kept)
+  assert summary["results"]["clean"]["images"] == 12
+  assert summary["data"] == "folder, val"

@@ -14,6 +14,7 @@ ImageNetV2, and its builder in TFDS: the folders of ImageNet-V2 are indices, and
 """
 
 import difflib
+import logging
 import os
 import pathlib
 
@@ -35,6 +36,7 @@ from advprop_jax.errors import InputError
 NAME = "imagenet_folder"               # in config.data.name
 OTHER_NAMES = {"test": ("test", "val", "validation"), "val": ("val", "validation"),
                "validation": ("validation", "val")}      # of a split: the first that is there
+WHOLE = ("train", "val", "validation", "test")           # splits that should have all classes
 INDICES = {str(label): label for label in LABELS.values()}
 LAYOUT = "train/n01440764/*.JPEG and val/n01440764/*.JPEG"
 
@@ -65,6 +67,8 @@ def open_imagenet(directory: str | os.PathLike | None, split: str = "train", bro
   numbers = _labels_of_folders(root, folders, training) if folders else {}
   index, faults = read_index(root)
   report_broken(root, faults, len(index.paths), broken)
+  if folders and root.name in WHOLE:
+    _warn_of_missing(root, numbers)
   if not index.paths:
     raise InputError(f"data.dir={str(directory)!r} has no images at all in {split!r}: it should "
                      f"hold {LAYOUT}")
@@ -74,6 +78,19 @@ def open_imagenet(directory: str | os.PathLike | None, split: str = "train", bro
     labels = labels_of_files(root, index.paths, len(faults))
   refuse_empty_classes(root, LABELS if training else numbers, labels, len(faults))
   return Source(NAME, split, WNIDS, folder_records(root, split, index, labels, keep_in_memory))
+
+
+def _warn_of_missing(root: pathlib.Path, numbers: dict[str, int]) -> None:
+  """Says what a split lacks whose name is that of a whole one: accuracy on it is another number."""
+  missing = [wnid for wnid in WNIDS if LABELS[wnid] not in numbers.values()]
+  if missing:
+    logging.warning("%s lacks %d of the 1000 wnids (%s); only the others are evaluated", root,
+                    len(missing), listed(missing))
+  beside = sum(path.is_file() and path.suffix.lower() in (".jpeg", ".jpg", ".png")
+               for path in root.iterdir())
+  if beside:
+    logging.warning("%s holds %d images beside its class folders, which are not read; move them "
+                    "into their folders", root, beside)
 
 
 def _split_folder(directory: str | os.PathLike | None, split: str) -> pathlib.Path:

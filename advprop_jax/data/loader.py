@@ -8,6 +8,7 @@ A process of a pod may have worker processes of its own, which share its blocks 
 """
 
 import dataclasses
+import logging
 import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import grain
 import numpy as np
 
+from advprop_jax.data.decode import BrokenImage
 from advprop_jax.data.sources import Source
 from advprop_jax.data.transforms import EvaluationTransform, TrainingTransform
 from advprop_jax.data.workers import Batch, WorkerBatches
@@ -73,8 +75,8 @@ class EvaluationBatches:
 def training_batches(source: Source, *, batch_size: int, transform: TrainingTransform, seed: int,
                      process_index: int = 0, process_count: int = 1, num_workers: int = 0,
                      num_threads: int = 1,
-                     more_views: Mapping[str, TrainingTransform] | None = None
-                     ) -> TrainingBatches:
+                     more_views: Mapping[str, TrainingTransform] | None = None,
+                     skip_broken: bool = False) -> TrainingBatches:
   """Shuffled, augmented batches without end; every epoch has its own order.
 
   Args:
@@ -90,13 +92,15 @@ def training_batches(source: Source, *, batch_size: int, transform: TrainingTran
     num_threads: that read ahead, of this process or of each worker; 0 reads when asked.
     more_views: other transforms of the same images, by the name of their entry in a batch. They
       draw after `transform`, whose result they do not change.
+    skip_broken: an image that does not decode gives way to the record after it, with a warning;
+      else it is an error that names it.
 
   Returns:
     Iterator of {"image": uint8 (n, size, size, 3), "label": int32 (n,)}, and an entry like "image"
     for each other view.
 
   Raises:
-    InputError: batch_size is no multiple of process_count.
+    InputError: batch_size is no multiple of process_count; from the iterator, a broken image.
   """
   # Seeds of their own, as Grain would derive them from the depth of the pipeline, and shuffle
   # epoch e of seed s like epoch 0 of seed s + e.
@@ -104,7 +108,7 @@ def training_batches(source: Source, *, batch_size: int, transform: TrainingTran
   views = {"image": transform, **(more_views or {})}
   stream = (grain.MapDataset.range(len(source))
             .shuffle(seed=order_seed)
-            .random_map(_Read(source, views), seed=augment_seed)
+            .random_map(_Read(source, views, skip_broken), seed=augment_seed)
             .repeat())
   blocks = _Blocks(stream, batch_size, process_index, process_count, masked=False)
   return TrainingBatches(blocks, num_workers, num_threads)
@@ -150,11 +154,26 @@ class _Read:
 
   source: Source
   views: Mapping[str, TrainingTransform | EvaluationTransform]
+  skip_broken: bool = False
 
   def __call__(self, index: int, *rng: np.random.Generator) -> dict[str, Any]:
-    record = self.source[index]
-    views = {name: transform(record["image"], *rng) for name, transform in self.views.items()}
-    return {**views, "label": record["label"]}
+    for place in range(index, index + len(self.source)):
+      try:
+        record = self.source[place % len(self.source)]
+        views = {name: transform(record["image"], *rng) for name, transform in self.views.items()}
+        return {**views, "label": record["label"]}
+      except BrokenImage as error:
+        if not self.skip_broken:
+          raise
+        broken = error
+        if str(error) not in _LEFT_OUT:
+          _LEFT_OUT.add(str(error))
+          logging.warning("%s. It is left out, and the image after it takes its place (number %d "
+                          "in this process)", error, len(_LEFT_OUT))
+    raise broken
+
+
+_LEFT_OUT: set[str] = set()   # broken images that this process has been warned of
 
 
 class _Blocks(grain.MapDataset):

@@ -124,7 +124,11 @@ class TfdsRecords:
     return len(self.encoded)
 
   def __getitem__(self, index: int) -> dict[str, Any]:
-    record = self.encoded[index]
+    try:
+      record = self.encoded[index]
+    except RuntimeError as error:   # array_record's, for bytes that are not those written
+      raise InputError(f"record {index} of {self.origin} cannot be read ({_one_line(error)}): copy "
+                       "or prepare the data set again") from error
     if record["label"] < 0:
       raise InputError(f"record {index} of {self.origin} has no label: use another split")
     fault = f"record {index} of {self.origin} holds an image that does not decode"

@@ -211,8 +211,17 @@ def _check_together(values: dict[str, Any], devices: int, scheme: Scheme) -> Non
 
 
 def differences(config: dict, saved: dict, ignored: Collection[str] = ()) -> list[str]:
-  """The fields that differ, "path: saved -> config" each; ignored holds sections or fields."""
+  """The fields that differ, "path: saved -> config" each.
+
+  Args:
+    config: as it is given.
+    saved: of a run, perhaps from before some fields were there: these had their defaults.
+    ignored: sections or fields that may differ.
+  """
   new, old = flatten(config), flatten(saved)
+  for path in new.keys() - old.keys():
+    default = FIELDS[path].default if path in FIELDS else None
+    old[path] = new[path] if default is None else default
   return [f"{path}: {old.get(path)!r} -> {new.get(path)!r}" for path in sorted(old | new)
           if old.get(path) != new.get(path)
           and not any(path == name or path.startswith(name + ".") for name in ignored)]

@@ -107,8 +107,8 @@ FIELDS = {
                        "array_record"),
     "data.dir": Field(None, str, "folder of TFDS data sets, local or gs://, or that holds "
                       "train/CLASS/ and test/CLASS/"),
-    "data.broken": Field("fatal", str, "files in folders that are no whole images: an error, or "
-                         "left out", one_of(("fatal", "skip"))),
+    "data.broken": Field("fatal", str, "images that are not whole: an error, or left out, by the "
+                         "index of folders and in training", one_of(("fatal", "skip"))),
     "data.train_split": Field("train", str, "split to train on"),
     "data.test_split": Field("test", str, "split to evaluate on; of imagenet_folder any folder in "
                              "data.dir, such as gaussian_noise/3"),

@@ -9,6 +9,9 @@ from advprop_jax.runtime.config import differences
 from advprop_jax.runtime.metrics import read_json
 
 LATER = ("eval", "export", "checkpoint")            # sections of a config that may change later
+# Fields besides these that may be others where a run is only evaluated: which images, not how.
+EVALUATED = ("data.name", "data.dir", "data.train_split", "data.test_split", "data.broken",
+             "data.crop_fraction")
 SPEED = ("data.num_workers", "data.num_threads")    # fields that change nothing but the speed
 
 

@@ -9,6 +9,7 @@ import pickle
 import numpy as np
 import pytest
 
+from advprop_jax.data.decode import Encoded
 from advprop_jax.data.loader import evaluation_batches, training_batches
 from advprop_jax.data.sources import Source, open_source
 from advprop_jax.data.transforms import evaluation_transform, training_transform
@@ -239,3 +240,22 @@ def test_a_record_that_cannot_be_read_stops_the_stream_with_its_sentence(threads
   source = Source("broken", "train", ("one",), Broken(numbered(8).records))
   with pytest.raises(InputError, match="record 3 does not decode"):
     take(training(source, batch_size=8, num_threads=threads), 2)
+
+
+def test_a_broken_image_gives_way_to_the_next_one(caplog):
+  """data.broken='skip', for what no index can see; fails where a run ends, or keeps silent."""
+  whole = np.full((4, 4, 3), 7, np.uint8)
+  broken = Encoded(b"no image", "record 1 of x does not decode", "mend it")
+  records = [{"image": image, "label": i} for i, image in enumerate((whole, broken, whole))]
+  source = Source("x", "train", ("a", "b", "c"), records)
+  settings = {"batch_size": 3, "transform": training_transform(4, "none"), "seed": 0}
+  batches = training_batches(source, **settings, num_threads=0, skip_broken=True)
+  batch = next(batches)
+  assert sorted(batch["label"].tolist()) == [0, 2, 2]
+  assert np.all(batch["image"] == 7)
+  next(batches)
+  warnings = [record.message for record in caplog.records if "left out" in record.message]
+  assert len(warnings) == 1
+  assert "record 1 of x does not decode" in warnings[0]
+  with pytest.raises(InputError, match="record 1 of x does not decode"):
+    next(training_batches(source, **settings, num_threads=0))

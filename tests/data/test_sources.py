@@ -287,3 +287,19 @@ def test_a_record_that_does_not_decode_is_named(tmp_path):
   with pytest.raises(InputError, match=r"^record 2 of colours train .* does not decode \(of no "
                                        r"format.*\): prepare the data set again$"):
     decode(source[2]["image"])
+
+
+def test_records_that_are_damaged_in_the_middle(tmp_path):
+  """The end of a shard holds its index, so that it opens; fails where reading ends in a traceback.
+  """
+  folder = tmp_path / "fashion_mnist_small"
+  shutil.copytree(BUNDLED / "fashion_mnist_small", folder)
+  shard = next(path for path in folder.rglob("*array_record*") if "train" in path.name)
+  content = bytearray(shard.read_bytes())
+  middle = len(content) // 2
+  content[middle:middle + 5000] = bytes(5000)
+  shard.write_bytes(content)
+  source = open_source("fashion_mnist_small", str(tmp_path), "train", keep_in_memory=0)
+  with pytest.raises(InputError, match=r"record \d+ of .* cannot be read \(.*prepare the data set"):
+    for _ in source:
+      pass

@@ -324,3 +324,14 @@ def test_durations_in_steps_or_epochs():
   config.train.steps = 7
   assert duration(config.train, "", 10.0) == 7
   assert duration(config.optimizer, "decay", 10.0) == 24
+
+
+def test_a_field_that_came_later_had_its_default():
+  """Fails where a run from before a field was there counts as one of another config."""
+  config = default_config()
+  saved = config.to_dict()
+  del saved["data"]["crop"], saved["model"]["input_convention"]
+  config.model.input_convention = "inception"
+  assert not differences(config.to_dict(), saved)
+  config.data.crop = "random_resized"
+  assert differences(config.to_dict(), saved) == ["data.crop: 'pad' -> 'random_resized'"]

@@ -1,0 +1,1 @@
+"""Robustness: what is measured of a network besides its accuracy on clean images."""
