@@ -99,6 +99,8 @@ def create_experiment(config: ml_collections.ConfigDict, workdir: str | None = N
   num_classes = train_source.num_classes
   _check_classes(config, train_source.class_names, test_source.class_names)
   if not training and workdir and trained.has_begun(workdir):
+    if os.path.exists(os.path.join(workdir, "config.json")):
+      read_config(workdir)   # first of all it has to be whole
     _check_classes(config, trained.read_classes(workdir), test_source.class_names, "the run")
   if config.attack.target != "none" and num_classes < 2:
     raise InputError(f"config.attack.target={config.attack.target!r}: there is no other label in "
