@@ -66,10 +66,10 @@ def labels(source) -> list[int]:
   return [record["label"] for record in source]
 
 
-def says(*parts: str, directory, split="train", **settings) -> str:
+def says(*parts: str, directory, split="train", opens=open_folder, **settings) -> str:
   """Opens what cannot be opened; the message is one line that holds the parts."""
   with pytest.raises(InputError) as caught:
-    open_folder(directory, split, **settings)
+    opens(directory, split, **settings)
   message = str(caught.value)
   assert "\n" not in message
   for part in parts:

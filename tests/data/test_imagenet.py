@@ -1,5 +1,6 @@
 """ImageNet as folders and as TFDS data: always the standard labels, and what is said otherwise."""
 
+import functools
 import os
 import pathlib
 import shutil
@@ -19,8 +20,10 @@ from advprop_jax.experiment import create_experiment, open_split
 from advprop_jax.runtime.config import default_config
 from tests import one_block, standin_imagenet
 from tests.class_folders import aged, labels, paths
+from tests.class_folders import says as says_of_folders
 from tests.data.test_sources import edit, write_colours
 
+says = functools.partial(says_of_folders, opens=open_imagenet)
 FEW = WNIDS[5::200]                    # 5 of the 1000
 JPEG = standin_imagenet.encoded(standin_imagenet.photograph(0, 0, 100))
 
@@ -48,17 +51,6 @@ def by_file(source) -> list[str]:
   """The wnid of each record, by the names of the files."""
   pairs = zip(paths(source), labels(source), strict=True)
   return [source.class_names[label] for _, label in sorted(pairs)]
-
-
-def says(*parts: str, directory, split="train", **settings) -> str:
-  """Opens what cannot be opened; the message is one line that holds the parts."""
-  with pytest.raises(InputError) as caught:
-    open_imagenet(directory, split, **settings)
-  message = str(caught.value)
-  assert "\n" not in message
-  for part in parts:
-    assert part in message
-  return message
 
 
 def test_a_whole_imagenet(tmp_path):
