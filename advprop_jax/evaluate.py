@@ -12,7 +12,13 @@ import ml_collections
 from advprop_jax import predict, report
 from advprop_jax.data import loader
 from advprop_jax.errors import InputError
-from advprop_jax.experiment import Experiment, create_experiment, fresh_state, initial_state
+from advprop_jax.experiment import (
+  Experiment,
+  check_classes,
+  create_experiment,
+  fresh_state,
+  initial_state,
+)
 from advprop_jax.method.attack import Attack
 from advprop_jax.method.state import TrainState
 from advprop_jax.method.step import Method, eval_step
@@ -23,10 +29,10 @@ from advprop_jax.runtime.workdir import (
   EVALUATED,
   LATER,
   make_workdir,
-  read_config,
   refuse_other_config,
+  refuse_other_run,
 )
-from advprop_jax.trained import BEST_METRIC, NOTHING, has_begun
+from advprop_jax.trained import BEST_METRIC, NOTHING, has_begun, read_classes
 
 CLEAN = "clean"
 MAIN, AUXILIARY = "adversarial, main BN", "adversarial, auxiliary BN"
@@ -130,14 +136,12 @@ def published_state(experiment: Experiment) -> TrainState:
 def trained_state(experiment: Experiment, workdir: str) -> tuple[TrainState, int]:
   """The state of a run's newest or best checkpoint, and its step."""
   config, abstract = experiment.config, jax.eval_shape(lambda: fresh_state(experiment))
-  if os.path.exists(os.path.join(workdir, "config.json")):
-    refuse_other_config(config, read_config(workdir), workdir, ignored=(*LATER, *EVALUATED))
+  refuse_other_run(config, workdir, (*LATER, *EVALUATED))
+  if has_begun(workdir):
+    check_classes(config, read_classes(workdir), experiment.test_source.class_names, "the run")
   with Checkpoints(os.path.join(workdir, "checkpoints"), write=False,
                    best_metric=BEST_METRIC) as checkpoints:
-    if config.eval.checkpoint == "best":
-      restored = checkpoints.restore_best(abstract)
-    else:
-      restored = checkpoints.restore_latest(abstract)
+    restored = checkpoints.restore_first(config.eval.checkpoint, abstract)
   if restored is None:
     raise InputError(f"--workdir={workdir}: {NOTHING}")
   refuse_other_config(config, restored.config, workdir, ignored=(*LATER, *EVALUATED))

@@ -31,7 +31,7 @@ from advprop_jax.runtime.config import (
   validate,
 )
 from advprop_jax.runtime.metrics import read_json
-from advprop_jax.runtime.workdir import LATER, read_config, refuse_other_config
+from advprop_jax.runtime.workdir import LATER, refuse_other_run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,11 +97,7 @@ def create_experiment(config: ml_collections.ConfigDict, workdir: str | None = N
   test_source = open_split(config.data, config.data.test_split)
   train_source = open_split(config.data, config.data.train_split, True) if training else test_source
   num_classes = train_source.num_classes
-  _check_classes(config, train_source.class_names, test_source.class_names)
-  if not training and workdir and trained.has_begun(workdir):
-    if os.path.exists(os.path.join(workdir, "config.json")):
-      read_config(workdir)   # first of all it has to be whole
-    _check_classes(config, trained.read_classes(workdir), test_source.class_names, "the run")
+  check_classes(config, train_source.class_names, test_source.class_names)
   if config.attack.target != "none" and num_classes < 2:
     raise InputError(f"config.attack.target={config.attack.target!r}: there is no other label in "
                      f"data of {num_classes} class; give 'none'")
@@ -122,8 +118,16 @@ def create_experiment(config: ml_collections.ConfigDict, workdir: str | None = N
       steps_per_epoch=steps_per_epoch, total_steps=total_steps)
 
 
-def _check_classes(config, train_names, test_names, origin=None):
-  """Raises an InputError if a label means another class in one of the splits than in the other."""
+def check_classes(config: ml_collections.ConfigDict, train_names: tuple[str, ...],
+                  test_names: tuple[str, ...], origin: str | None = None) -> None:
+  """Raises an InputError if a label means another class in the test split than in training.
+
+  Args:
+    config: names the splits.
+    train_names: of the classes that were trained, in the order of the labels.
+    test_names: of the test split's classes.
+    origin: what has train_names; None for the training split.
+  """
   if train_names != test_names:
     ours, theirs = (sources.listed(sorted(set(a) - set(b)))
                     for a, b in ((train_names, test_names), (test_names, train_names)))
@@ -248,7 +252,7 @@ def open_network(config: ml_collections.ConfigDict, workdir: str) -> trained.Tra
   """
   config = resolve(config, workdir)
   if trained.has_begun(workdir):
-    refuse_other_config(config, read_config(workdir), workdir, ignored=LATER)
+    refuse_other_run(config, workdir, LATER)
     return trained.read_run(workdir, config.eval.checkpoint, config.export.weights)
   if config.model.pretrained is None:
     raise InputError(f"--workdir={workdir}: {trained.NOTHING}")

@@ -1,6 +1,7 @@
 """The deployed network, its auxiliary batch norms dropped, in a format that others read."""
 
 import contextlib
+import functools
 import math
 import os
 import pathlib
@@ -15,11 +16,10 @@ from advprop_jax.data import imagenet
 from advprop_jax.data.transforms import scaled_side
 from advprop_jax.errors import InputError
 from advprop_jax.experiment import open_network
-from advprop_jax.method.step import to_model_units
 from advprop_jax.models import weight_files, weights
 from advprop_jax.models.conventions import CONVENTIONS
 from advprop_jax.runtime.metrics import write_json
-from advprop_jax.trained import TrainedNetwork, write_exported
+from advprop_jax.trained import TrainedNetwork, classify, write_exported
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
@@ -95,16 +95,12 @@ def write_stablehlo(network: TrainedNetwork, folder: pathlib.Path) -> None:
 
   It maps uint8 images (batch, size, size, 3), of any batch, to float32 logits (batch, classes).
   """
-  model, variables, size = network.model, network.deployed, network.image_size
-
-  @jax.jit
-  def classify(images):
-    return model.apply(variables, to_model_units(images))
-
+  size, program = network.image_size, jax.jit(
+      functools.partial(classify, network.model, network.deployed))
   images = jax.ShapeDtypeStruct(
       jax.export.symbolic_shape(f"batch, {size}, {size}, 3"), jnp.uint8)
   with _without_paths():
-    exported = jax.export.export(classify, platforms=PLATFORMS)(images)
+    exported = jax.export.export(program, platforms=PLATFORMS)(images)
   (folder / "model.stablehlo").write_bytes(exported.serialize())
   write_json(folder / "preprocessing.json", {
       "input": f"uint8 (batch, {size}, {size}, 3), RGB; normalised inside",

@@ -1,5 +1,6 @@
 """What photographs without labels show: the five likeliest classes of each."""
 
+import functools
 import os
 import pathlib
 from collections.abc import Callable
@@ -15,10 +16,9 @@ from advprop_jax.data.file_index import hidden
 from advprop_jax.data.transforms import fit
 from advprop_jax.errors import InputError
 from advprop_jax.experiment import open_network
-from advprop_jax.method.step import to_model_units
 from advprop_jax.runtime.metrics import table, write_json
 from advprop_jax.runtime.workdir import make_workdir
-from advprop_jax.trained import TrainedNetwork
+from advprop_jax.trained import TrainedNetwork, classify
 
 TOP = 5
 FILE = "predictions.json"
@@ -45,7 +45,7 @@ def predict(config: ml_collections.ConfigDict, workdir: str) -> dict:
   folder = pathlib.Path(os.path.expanduser(config.eval.photographs))
   paths = find_files(folder)
   answers, faults = {}, {}
-  classify = classifier(network)
+  logits_of = classifier(network)
   size = min(config.eval.batch_size, len(paths))
   for first in tqdm(range(0, len(paths), size), unit=" batches", delay=2, disable=None):
     pixels, broken = read_images(folder, paths[first:first + size], network)
@@ -53,7 +53,7 @@ def predict(config: ml_collections.ConfigDict, workdir: str) -> dict:
     if pixels:
       batch = np.zeros((size, *next(iter(pixels.values())).shape), np.uint8)  # compiled once
       batch[:len(pixels)] = list(pixels.values())
-      for path, logits in zip(pixels, classify(batch), strict=False):
+      for path, logits in zip(pixels, logits_of(batch), strict=False):
         answers[path] = likeliest(network, logits)
   if not answers:
     raise InputError(f"config.eval.photographs={str(folder)!r}: none of its {len(paths)} files is "
@@ -67,8 +67,8 @@ def predict(config: ml_collections.ConfigDict, workdir: str) -> dict:
 
 def classifier(network: TrainedNetwork) -> Callable[[np.ndarray], np.ndarray]:
   """The deployed network as a compiled function: uint8 (n, size, size, 3) -> float32 logits."""
-  model, variables = network.model, jax.device_put(network.deployed)
-  apply = jax.jit(lambda variables, pixels: model.apply(variables, to_model_units(pixels)))
+  apply = jax.jit(functools.partial(classify, network.model))
+  variables = jax.device_put(network.deployed)
   return lambda pixels: np.asarray(apply(variables, pixels))
 
 

@@ -20,7 +20,7 @@ from advprop_jax.models.batch_norm import drop_auxiliary
 from advprop_jax.runtime import parallel
 from advprop_jax.runtime.checkpoint import Checkpoints
 from advprop_jax.runtime.metrics import MetricsWriter, Progress, read_json, table, write_json
-from advprop_jax.runtime.workdir import LATER, make_workdir, read_config, refuse_other_config
+from advprop_jax.runtime.workdir import LATER, make_workdir, refuse_other_config, refuse_other_run
 from advprop_jax.trained import BEST_METRIC, write_classes
 
 
@@ -146,12 +146,9 @@ def claim_workdir(experiment: Experiment, workdir: str) -> None:
   Raises:
     InputError: workdir cannot be written, or holds a run of another config.
   """
-  path, config = os.path.join(workdir, "config.json"), experiment.config
   make_workdir(workdir)
-  if os.path.exists(path):
-    refuse_other_config(config, read_config(workdir), workdir)
-  elif jax.process_index() == 0:
-    write_json(path, config.to_dict())
+  if not refuse_other_run(experiment.config, workdir) and jax.process_index() == 0:
+    write_json(os.path.join(workdir, "config.json"), experiment.config.to_dict())
   if jax.process_index() == 0:
     write_classes(workdir, experiment.train_source.class_names)
 

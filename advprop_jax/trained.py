@@ -14,6 +14,7 @@ from advprop_jax import models
 from advprop_jax.data import imagenet
 from advprop_jax.data.transforms import published_crop
 from advprop_jax.errors import InputError
+from advprop_jax.method.step import to_model_units
 from advprop_jax.models import weight_files, weights
 from advprop_jax.models.batch_norm import drop_auxiliary
 from advprop_jax.models.conventions import convention_named
@@ -89,6 +90,11 @@ class TrainedNetwork:
     if self.class_names is None:
       return f"class {label}"
     return imagenet.words(self.class_names[label])
+
+
+def classify(model: Network, variables: Mapping[str, Any], pixels: jax.Array) -> jax.Array:
+  """Logits, (n, classes), of uint8 images (n, size, size, 3)."""
+  return model.apply(variables, to_model_units(pixels))
 
 
 def read(source: str, name: str) -> TrainedNetwork:
@@ -280,8 +286,7 @@ def _shapes(model: Network) -> dict[str, Any]:
 def _restore(directory: str, wanted: dict[str, Any], which: str = "newest") -> Restored:
   """The arrays of a part of a checkpoint, on the host."""
   with Checkpoints(directory, write=False, best_metric=BEST_METRIC) as checkpoints:
-    restore = checkpoints.restore_best if which == "best" else checkpoints.restore_latest
-    restored = restore(wanted, partial=True)
+    restored = checkpoints.restore_first(which, wanted, partial=True)
   if restored is None:
     raise InputError(f"there is no checkpoint in {directory!r}; train or export first")
   return dataclasses.replace(restored, state=jax.tree.map(np.asarray, restored.state))

@@ -100,14 +100,7 @@ def folder_records(root: pathlib.Path, split: str, index: Index, labels: np.ndar
 
 
 def _split_folder(directory: str | os.PathLike | None, split: str) -> pathlib.Path:
-  if not directory:
-    raise InputError("data.name='folder' needs data.dir: set it to a folder that holds the images "
-                     "of each class in train/CLASS/ and test/CLASS/")
-  parent = pathlib.Path(directory).expanduser()
-  if not parent.is_dir():
-    state = "is a file, not a folder" if parent.exists() else "does not exist"
-    raise InputError(f"data.dir={str(directory)!r} {state}: set it to a folder on a local or "
-                     "mounted disk that holds train/CLASS/ and test/CLASS/")
+  parent = data_folder(directory, "folder", "train/CLASS/ and test/CLASS/")
   present = subfolders(parent)
   name = split.partition("[")[0]
   found = [other for other in OTHER_NAMES.get(name, (name,)) if other in present]
@@ -116,6 +109,24 @@ def _split_folder(directory: str | os.PathLike | None, split: str) -> pathlib.Pa
                      f"{listed(present)}")
   _instruction(split)
   return parent / found[0]
+
+
+def data_folder(directory: str | os.PathLike | None, name: str, layout: str) -> pathlib.Path:
+  """data.dir as a path; an InputError that says what should lie there, unless it is a folder.
+
+  Args:
+    directory: data.dir.
+    name: data.name, which needs it.
+    layout: what it should hold.
+  """
+  if not directory:
+    raise InputError(f"data.name={name!r} needs data.dir: set it to a folder that holds {layout}")
+  path = pathlib.Path(directory).expanduser()
+  if not path.is_dir():
+    state = "is a file, not a folder" if path.exists() else "does not exist"
+    raise InputError(f"data.dir={str(directory)!r} {state}: set it to a folder on a local or "
+                     f"mounted disk that holds {layout}")
+  return path
 
 
 def split_name(split: str) -> str:

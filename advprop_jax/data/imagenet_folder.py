@@ -22,6 +22,7 @@ import numpy as np
 
 from advprop_jax.data.file_index import read_index
 from advprop_jax.data.folder import (
+  data_folder,
   folder_records,
   refuse_empty_classes,
   report_broken,
@@ -94,13 +95,7 @@ def _warn_of_missing(root: pathlib.Path, numbers: dict[str, int]) -> None:
 
 
 def _split_folder(directory: str | os.PathLike | None, split: str) -> pathlib.Path:
-  if not directory:
-    raise InputError(f"data.name={NAME!r} needs data.dir: set it to a folder that holds {LAYOUT}")
-  parent = pathlib.Path(directory).expanduser()
-  if not parent.is_dir():
-    state = "is a file, not a folder" if parent.exists() else "does not exist"
-    raise InputError(f"data.dir={str(directory)!r} {state}: set it to a folder on a local or "
-                     f"mounted disk that holds {LAYOUT}")
+  parent = data_folder(directory, NAME, LAYOUT)
   name = split_name(split)
   for other in OTHER_NAMES.get(name, (name,)):
     if other and (parent / other).is_dir():

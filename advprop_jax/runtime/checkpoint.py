@@ -219,6 +219,12 @@ class Checkpoints:
     others = [step for step in steps if step not in ranked]
     return self._restore_first(ranked + others, abstract_state, partial)
 
+  def restore_first(self, which: str, abstract_state: Any, partial: bool = False
+                    ) -> Restored | None:
+    """`restore_best` where `which` is "best", else `restore_latest`, for "newest"."""
+    restore = self.restore_best if which == "best" else self.restore_latest
+    return restore(abstract_state, partial)
+
   def restore(self, step: int, abstract_state: Any, partial: bool = False) -> Restored:
     """Restores one checkpoint.
 

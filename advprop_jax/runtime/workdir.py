@@ -39,6 +39,15 @@ def read_config(workdir: str) -> dict:
   return saved
 
 
+def refuse_other_run(config: ml_collections.ConfigDict, workdir: str,
+                     ignored: tuple[str, ...] = ()) -> bool:
+  """As `refuse_other_config`, of the workdir's config.json; whether there is one."""
+  if not os.path.exists(os.path.join(workdir, "config.json")):
+    return False
+  refuse_other_config(config, read_config(workdir), workdir, ignored)
+  return True
+
+
 def refuse_other_config(config: ml_collections.ConfigDict, saved: dict, workdir: str,
                         ignored: tuple[str, ...] = ()) -> None:
   """Raises an InputError if a workdir holds a run of another config, and says what differs.
