@@ -9,7 +9,7 @@ from collections.abc import Callable
 import jax
 import ml_collections
 
-from advprop_jax import predict, report
+from advprop_jax import predict
 from advprop_jax.data import loader
 from advprop_jax.errors import InputError
 from advprop_jax.experiment import (
@@ -19,6 +19,7 @@ from advprop_jax.experiment import (
   fresh_state,
   initial_state,
 )
+from advprop_jax.figures.sheet import adversarial_picture
 from advprop_jax.method.attack import Attack
 from advprop_jax.method.state import TrainState
 from advprop_jax.method.step import Method, eval_step
@@ -182,7 +183,7 @@ def conclude(experiment: Experiment, variables: dict, step: int, workdir: str,
     names = ("evaluation.json", "evaluation.png") if training is None else (
         "summary.json", "adversarial.png")
     write_json(os.path.join(workdir, names[0]), summary)
-    picture = report.adversarial_picture(experiment, variables, attacked_domain(experiment.method))
+    picture = adversarial_picture(experiment, variables, attacked_domain(experiment.method))
     picture.save(os.path.join(workdir, names[1]))
     print("\n" + results_table(summary))
     print(f"\n{' and '.join(names)} are in {workdir}")

@@ -12,12 +12,12 @@ import numpy as np
 from advprop_jax.data import imagenet
 from advprop_jax.data.loader import Batch, TrainingBatches
 from advprop_jax.experiment import Experiment, create_experiment, initial_state
+from advprop_jax.figures.sheet import GREY, INK, LETTERS, Row, sheet
 from advprop_jax.method.attack import PIXEL
 from advprop_jax.method.schemes import Part
 from advprop_jax.method.state import TrainState
 from advprop_jax.method.step import make_parts, to_model_units
 from advprop_jax.models.dropout import image_keys
-from advprop_jax.report import GREY, INK, LETTERS, Row, sheet
 from advprop_jax.runtime.metrics import table
 from advprop_jax.runtime.workdir import make_workdir
 from advprop_jax.train import open_batches

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFont
 
-from advprop_jax import inspect, report
+from advprop_jax import inspect
 from advprop_jax.errors import InputError
 from advprop_jax.experiment import create_experiment, initial_state
+from advprop_jax.figures import sheet
 from advprop_jax.method.schemes import SCHEMES, SECOND_VIEW
 from advprop_jax.train import open_batches
 from tests.small_run import make_config
@@ -66,8 +67,8 @@ def test_the_verb(tmp_path, monkeypatch, capsys):
   assert [path.name for path in (tmp_path / "new").iterdir()] == [inspect.FILE]
   with Image.open(tmp_path / "new" / inspect.FILE) as picture:
     width, height = picture.size
-  assert width > 8 * report.CELL
-  assert 4 * (report.CELL + report.TEXT) < height < 6 * (report.CELL + report.TEXT)
+  assert width > 8 * sheet.CELL
+  assert 4 * (sheet.CELL + sheet.TEXT) < height < 6 * (sheet.CELL + sheet.TEXT)
   assert result["records"] == [40, 12]
   assert result["images_per_second"] > 10
   assert 0.2 <= result["seconds"] < 5
@@ -102,11 +103,11 @@ def test_captions_fit_beside_their_rows(scheme):
   attack = dataclasses.replace(experiment.method.attack, statistics="batch")
   experiment = dataclasses.replace(
       experiment, method=dataclasses.replace(experiment.method, attack=attack))
-  font = ImageFont.load_default(report.TEXT)
+  font = ImageFont.load_default(sheet.TEXT)
   for part in SCHEMES[scheme].parts:
     lines = inspect._caption(experiment, part).splitlines()
     assert max(map(font.getlength, lines)) <= 112
-    assert len(lines) * (report.TEXT + 4) <= report.CELL + report.TEXT + 5 + report.GAP
+    assert len(lines) * (sheet.TEXT + 4) <= sheet.CELL + sheet.TEXT + 5 + sheet.GAP
 
 
 def test_a_workdir_that_cannot_be_written(tmp_path):

@@ -7,16 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from advprop_jax import report
 from advprop_jax.data.transforms import evaluation_transform
+from advprop_jax.figures import sheet
 from advprop_jax.method.step import attack_images, to_model_units
 from tests.test_evaluate import IMAGES, distinct_variables, small_experiment
 
 
 def draw(change, epsilon):
   clean = np.full((3, 8, 8, 3), 100.0)
-  line = [("label", report.INK)] * 3
-  image = report.panel(clean, clean + change, epsilon, "title", report.Captions([line], [line]))
+  line = [("label", sheet.INK)] * 3
+  image = sheet.panel(clean, clean + change, epsilon, "title", sheet.Captions([line], [line]))
   return np.asarray(image)
 
 
@@ -27,8 +27,8 @@ def cells(image, value):
 
 def test_no_change_is_grey():
   image = draw(0.0, 4.0)
-  assert 0 <= cells(image, 128) - 3 * report.CELL ** 2 < 500  # the edges of letters are grey too
-  assert cells(image, 100) >= 6 * report.CELL ** 2        # clean and adversarial alike
+  assert 0 <= cells(image, 128) - 3 * sheet.CELL ** 2 < 500  # the edges of letters are grey too
+  assert cells(image, 100) >= 6 * sheet.CELL ** 2        # clean and adversarial alike
 
 
 def test_the_factor_makes_the_ball_as_large_as_the_range():
@@ -38,13 +38,13 @@ def test_the_factor_makes_the_ball_as_large_as_the_range():
     for sign in (1, -1):
       value = 128 + factor * epsilon * sign
       assert 1 <= abs(value - (255 if sign > 0 else 0)) <= 16
-      assert 0 <= cells(draw(sign * epsilon, epsilon), value) - 3 * report.CELL ** 2 < 500
+      assert 0 <= cells(draw(sign * epsilon, epsilon), value) - 3 * sheet.CELL ** 2 < 500
 
 
 def test_long_names_are_cut():
-  line = [("a very long name of a class that does not fit", report.INK)] * 3
+  line = [("a very long name of a class that does not fit", sheet.INK)] * 3
   pixels = np.zeros((3, 8, 8, 3))
-  report.panel(pixels, pixels, 0.0, "title", report.Captions([line], [line]))
+  sheet.panel(pixels, pixels, 0.0, "title", sheet.Captions([line], [line]))
 
 
 @functools.cache
@@ -73,15 +73,15 @@ def test_the_attack_goes_through_the_batch_norms_of_the_caption(monkeypatch, dom
 
   So does it where a line below the images is what the network says through others.
   """
-  panels, panel = [], report.panel
+  panels, panel = [], sheet.panel
 
   def keep(*arguments):
     panels.append(arguments)
     return panel(*arguments)
 
-  monkeypatch.setattr(report, "panel", keep)
+  monkeypatch.setattr(sheet, "panel", keep)
   experiment = small_experiment()
-  report.adversarial_picture(experiment, distinct_variables(), domain)
+  sheet.adversarial_picture(experiment, distinct_variables(), domain)
   (clean, adversarial, epsilon, title, captions), = panels
   expected, labels, guesses = attacked_by_hand(attacked)
   assert f"through the {said} BN" in title
@@ -92,9 +92,9 @@ def test_the_attack_goes_through_the_batch_norms_of_the_caption(monkeypatch, dom
   assert np.max(np.abs(adversarial - clean)) <= 24 * (1 + 1e-5)
 
   names = experiment.train_source.class_names
-  assert captions.clean[0] == [(names[label], report.INK) for label in labels]
+  assert captions.clean[0] == [(names[label], sheet.INK) for label in labels]
   through = {"main": guesses["clean"], "auxiliary": guesses["adversarial"]}
-  lines = [[(f"{kind}: {names[guess]}", report.RIGHT if guess == label else report.WRONG)
+  lines = [[(f"{kind}: {names[guess]}", sheet.RIGHT if guess == label else sheet.WRONG)
             for guess, label in zip(through[kind], labels, strict=True)]
            for kind in (("main", "auxiliary") if domain else ("main",))]
   assert captions.adversarial == lines
