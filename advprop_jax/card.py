@@ -6,9 +6,9 @@ import jax
 import ml_collections
 
 from advprop_jax import __version__
-from advprop_jax.evaluate import results_table
 from advprop_jax.experiment import training_attack
 from advprop_jax.models.conventions import CONVENTIONS
+from advprop_jax.results import results_table
 from advprop_jax.runtime.config import create_scheme
 from advprop_jax.runtime.metrics import read_json
 from advprop_jax.trained import TrainedNetwork, public_name

@@ -1,192 +1,242 @@
-"""A network on the test images: clean, and attacked through the batch norms of each kind."""
+"""A network on every benchmark that was asked for: one table, as text, JSON and CSV."""
 
+import contextlib
 import dataclasses
 import functools
 import os
+import pathlib
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import ml_collections
 
-from advprop_jax import predict
-from advprop_jax.data import loader
+from advprop_jax import predict, trained
+from advprop_jax.benchmarks.contract import Benchmark, Measured, Subject, Surrogate, Unavailable
+from advprop_jax.benchmarks.registry import BENCHMARKS
+from advprop_jax.data.sources import Source
 from advprop_jax.errors import InputError
 from advprop_jax.experiment import (
   Experiment,
   check_classes,
-  create_experiment,
-  fresh_state,
-  initial_state,
+  evaluation_attack,
+  open_network,
+  open_split,
+  resolve,
 )
 from advprop_jax.figures.sheet import adversarial_picture
-from advprop_jax.method.attack import Attack
-from advprop_jax.method.state import TrainState
-from advprop_jax.method.step import Method, eval_step
-from advprop_jax.runtime import parallel
-from advprop_jax.runtime.checkpoint import Checkpoints
-from advprop_jax.runtime.metrics import table, write_json
-from advprop_jax.runtime.workdir import (
-  EVALUATED,
-  LATER,
-  make_workdir,
-  refuse_other_config,
-  refuse_other_run,
-)
-from advprop_jax.trained import BEST_METRIC, NOTHING, has_begun, read_classes
+from advprop_jax.measure import Measurer, row, rows_of_sets
+from advprop_jax.method.schemes import Scheme
+from advprop_jax.results import results_csv, results_table
+from advprop_jax.runtime.config import create_network, create_scheme, names_in
+from advprop_jax.runtime.metrics import write_json, write_text
+from advprop_jax.runtime.workdir import EVALUATED, make_workdir
 
-CLEAN = "clean"
-MAIN, AUXILIARY = "adversarial, main BN", "adversarial, auxiliary BN"
-
-
-@dataclasses.dataclass(frozen=True)
-class Evaluator:
-  """A compiled evaluation of one kind.
-
-  Attributes:
-    step: (variables, sharded batch) -> sums, pmapped.
-    batches: of the records to be counted, each once.
-    images: how many these are.
-  """
-
-  step: Callable
-  batches: loader.EvaluationBatches
-  images: int
-
-  def __call__(self, variables: dict) -> dict[str, float]:
-    """{"top1" in [0, 1], "loss" in nats, "images"} of a model's variables."""
-    sums, running = [], []
-    for batch in self.batches:
-      running.append(self.step(variables, parallel.shard(batch)))
-      # One step late, so that the next batch is made and travels while this one is computed.
-      while len(running) > (not parallel.wait_each_step()):
-        sums.append(jax.device_get(running.pop(0)))
-    sums += jax.device_get(running)
-    total = {name: float(sum(each[name] for each in sums)) for name in ("count", "correct", "loss")}
-    if total["count"] != self.images:
-      raise AssertionError(f"{total['count']} images counted, {self.images} are there")
-    return {"top1": total["correct"] / total["count"], "loss": total["loss"] / total["count"],
-            "images": int(total["count"])}
-
-
-def create_evaluators(experiment: Experiment) -> dict[str, Evaluator | None]:
-  """An evaluator for each kind of accuracy; None where the network has no such batch norms."""
-  method, config = experiment.method, experiment.config
-  batches = loader.evaluation_batches(
-      experiment.test_source, batch_size=config.eval.batch_size,
-      transform=experiment.evaluation_transform,
-      process_index=jax.process_index(), process_count=jax.process_count(),
-      num_workers=config.data.num_workers, num_threads=config.data.num_threads)
-
-  def evaluator(domain: str, attack: Attack | None) -> Evaluator:
-    step = functools.partial(eval_step, method, domain=domain, attack=attack)
-    return Evaluator(parallel.pmap(step), batches, len(experiment.test_source))
-
-  auxiliary = attacked_domain(method)
-  return {CLEAN: evaluator(method.scheme.domains[0], None),
-          MAIN: evaluator(method.scheme.domains[0], experiment.eval_attack),
-          AUXILIARY: auxiliary and evaluator(auxiliary, experiment.eval_attack)}
-
-
-def attacked_domain(method: Method) -> str | None:
-  """The auxiliary domain whose batch norms see adversarial images; None if there is none."""
-  domains = [part.domain for part in method.scheme.made if part.attacked]
-  return next((domain for domain in domains if domain != method.scheme.domains[0]), None)
+PARTIAL = "evaluation_partial"         # folder of what was measured before an interruption
 
 
 def evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict:
-  """Evaluates a run, or published weights, prints the table, and writes it and the picture.
+  """Measures a run, or published weights, prints the table, and writes it and a picture.
 
-  Only the test images are read, which may be others than those of the run.
-
-  With config.eval.photographs it says instead what these show.
+  No training images are needed; test images may be others than those of the run. With
+  config.eval.photographs it says instead what these show.
 
   Args:
     config: that of the run; `eval` and which test images may differ. Where no run has begun in
       workdir, weights are those of config.model.pretrained.
-    workdir: where the run is.
+    workdir: where the run is. Takes evaluation.json, evaluation.csv and evaluation.png.
 
   Returns:
     The summary, as it was written.
 
   Raises:
-    InputError: bad config or data, or no checkpoint there that is whole.
+    InputError: bad config, no checkpoint there that is whole, or nothing that could be measured.
   """
   if config.get("eval") and config.eval.get("photographs") is not None:
     return predict.predict(config, workdir)
-  experiment = create_experiment(config, workdir, training=False)
-  if not has_begun(workdir) and experiment.config.model.pretrained is not None:
-    make_workdir(workdir)
-    state, step = published_state(experiment), 0
+  network = open_network(config, workdir, EVALUATED)
+  make_workdir(workdir)
+  config = resolve(config, workdir)
+  if network.config is None:           # published: without batch norms for other domains
+    model, variables = network.model, network.deployed
   else:
-    state, step = trained_state(experiment, workdir)
-  evaluators = create_evaluators(experiment)
-  return conclude(experiment, state.evaluation_variables, step, workdir, evaluators)
+    model, variables = create_network(config, network.num_classes), network.variables
+  subject = create_subject(config, model, network.class_names,
+                           functools.partial(open_test_images, config, network))
+  return conclude(subject, variables, network.step or 0, workdir, Measurer(model, config))
 
 
-def published_state(experiment: Experiment) -> TrainState:
-  """The state that training would start from; an InputError if it does not know the classes."""
-  state, weights = initial_state(experiment)
-  if not weights.keeps_classifier:
-    raise InputError(
-        f"config.model.pretrained={experiment.config.model.pretrained!r}: {weights}; train first, "
-        "or evaluate on data of its own classes")
-  return state
+def open_test_images(config: ml_collections.FrozenConfigDict,
+                     network: trained.TrainedNetwork) -> Source:
+  """The test images of a config; an InputError where their classes are not the network's."""
+  source = open_split(config.data, config.data.test_split)
+  if network.class_names is None:
+    if source.num_classes != network.num_classes:
+      raise InputError(f"{config.data.name!r} has {source.num_classes} classes, the network has "
+                       f"{network.num_classes}; train it first, or evaluate it on data of its own "
+                       "classes")
+    return source
+  check_classes(config, network.class_names, source.class_names,
+                "the run" if network.config else "the weights")
+  return source
 
 
-def trained_state(experiment: Experiment, workdir: str) -> tuple[TrainState, int]:
-  """The state of a run's newest or best checkpoint, and its step."""
-  config, abstract = experiment.config, jax.eval_shape(lambda: fresh_state(experiment))
-  refuse_other_run(config, workdir, (*LATER, *EVALUATED))
-  if has_begun(workdir):
-    check_classes(config, read_classes(workdir), experiment.test_source.class_names, "the run")
-  with Checkpoints(os.path.join(workdir, "checkpoints"), write=False,
-                   best_metric=BEST_METRIC) as checkpoints:
-    restored = checkpoints.restore_first(config.eval.checkpoint, abstract)
-  if restored is None:
-    raise InputError(f"--workdir={workdir}: {NOTHING}")
-  refuse_other_config(config, restored.config, workdir, ignored=(*LATER, *EVALUATED))
-  return restored.state, restored.step
-
-
-def conclude(experiment: Experiment, variables: dict, step: int, workdir: str,
-             evaluators: dict[str, Evaluator | None], training: dict | None = None) -> dict:
-  """Measures all that there is to measure, and shows it.
-
-  At the end of a training it writes summary.json and adversarial.png; later evaluations, whose
-  settings may be others, write evaluation.json and evaluation.png.
+def create_subject(config: ml_collections.FrozenConfigDict, model, class_names, test) -> Subject:
+  """What is to be measured.
 
   Args:
-    experiment: the run.
+    config: resolved.
+    model: with all its domains.
+    class_names: in the order of the logits; None where nobody knows.
+    test: opens the test images, or raises an InputError.
+
+  Raises:
+    InputError: the network of config.eval.transfer_from cannot be read, or has other classes.
+  """
+  surrogate = None
+  if config.eval.transfer_from is not None and "transfer" in names_in(config.eval.benchmarks):
+    surrogate = open_surrogate(config, model.num_classes, class_names)
+
+  @functools.cache
+  def open_test():
+    try:
+      return test()
+    except InputError as error:
+      raise Unavailable(str(error)) from error
+
+  return Subject(config=config, model=model, class_names=class_names,
+                 auxiliary=attacked_domain(create_scheme(config), model.domains),
+                 attack=evaluation_attack(config), open_test=open_test, surrogate=surrogate)
+
+
+def open_surrogate(config: ml_collections.FrozenConfigDict, num_classes: int,
+                   class_names: tuple[str, ...] | None) -> Surrogate:
+  """The network of config.eval.transfer_from; an InputError if it has other classes."""
+  source = config.eval.transfer_from
+  name = config.eval.transfer_network or (
+      None if trained.is_ours(source) else config.model.name)
+  try:
+    other = trained.read(source, name)
+    model = other.model
+  except InputError as error:
+    raise InputError(str(error).replace("config.model.pretrained", "config.eval.transfer_from")
+                     .replace("config.model.name", "config.eval.transfer_network")) from error
+  names_differ = other.class_names and class_names and other.class_names != class_names
+  if other.num_classes != num_classes or names_differ:
+    raise InputError(f"config.eval.transfer_from={source!r}: its {other.num_classes} classes are "
+                     f"not the {num_classes} of the network that is measured; give one of the "
+                     "same classes")
+  return Surrogate(f"{other.name} of {trained.public_name(source)}", model, other.deployed)
+
+
+def subject_of(experiment: Experiment) -> Subject:
+  """What an experiment trains."""
+  return create_subject(experiment.config, experiment.method.model,
+                        experiment.train_source.class_names, lambda: experiment.test_source)
+
+
+def attacked_domain(scheme: Scheme, domains: tuple[str, ...]) -> str | None:
+  """Which of the domains besides the main one sees adversarial images; None if there is none."""
+  attacked = [part.domain for part in scheme.made if part.attacked]
+  return next((domain for domain in attacked if domain in domains[1:]), None)
+
+
+def open_benchmarks(subject: Subject) -> tuple[dict[str, Benchmark], dict[str, str]]:
+  """{name: benchmark} of those that can be measured, and {name: reason} of the others.
+
+  Raises:
+    InputError: there is none that can be measured.
+  """
+  found, skipped = {}, {}
+  asked = names_in(subject.config.eval.benchmarks)
+  for name in (name for name in BENCHMARKS if name in asked):
+    try:
+      found[name] = BENCHMARKS[name](subject)
+    except InputError as error:
+      skipped[name] = str(error)
+  if not found:
+    reasons = "; ".join(dict.fromkeys(skipped.values()))
+    raise InputError(f"config.eval.benchmarks={subject.config.eval.benchmarks!r}: none of them can "
+                     f"be measured ({reasons})")
+  return found, skipped
+
+
+def measure(subject: Subject, variables: Mapping[str, Any], measurer: Measurer,
+            kept: pathlib.Path | None = None) -> dict[str, Any]:
+  """{"results": {row: ...}, "details": {benchmark: ...}, "skipped": {benchmark: reason}}.
+
+  Args:
+    subject: what is measured.
+    variables: of its model.
+    measurer: of its model.
+    kept: folder for partial results; None to keep none.
+  """
+  benchmarks, skipped = open_benchmarks(subject)
+  results, details = {}, {}
+  for name, benchmark in benchmarks.items():
+    measured = Measured({}, {})
+    for title, one in benchmark.passes.items():
+      file = kept and kept / f"{title.replace('/', '_').replace(' ', '_')}.npz"
+      answers = measurer.answers(variables, one, title, file)
+      measured.rows[title] = row(one, answers)
+      measured.sets[title] = rows_of_sets(one, answers)
+      attack = one.attack and dataclasses.asdict(one.attack)
+      results[title] = {"benchmark": name, **measured.rows[title], "attack": attack,
+                        "restarts": one.restarts,
+                        "data": f"{one.source.name}, {one.source.split}"
+                        if len(one.sets) == 1 else one.source.name,
+                        "sets": measured.sets[title]}
+    further = benchmark.details(measured, results)
+    if further:
+      details[name] = further
+  return {"results": results, "details": details, "skipped": skipped}
+
+
+def conclude(subject: Subject, variables: Mapping[str, Any], step: int, workdir: str,
+             measurer: Measurer, training: dict | None = None) -> dict:
+  """Measures all that was asked for, and shows it.
+
+  At the end of a training it writes summary.json, summary.csv and adversarial.png; later
+  evaluations, whose settings may be others, write evaluation.json, .csv and .png. What was measured
+  before an interruption is not measured again.
+
+  Args:
+    subject: what is measured.
     variables: of the model; moving averages where the run keeps them.
     step: number of updates behind them.
-    workdir: for the two files.
-    evaluators: of this experiment.
+    workdir: for the files.
+    measurer: of this model.
     training: what is known of the training that ends here, to be kept in the summary; None where
       none ends.
 
   Returns:
     The summary.
   """
-  start = time.perf_counter()
-  results = {name: evaluator and evaluator(variables) for name, evaluator in evaluators.items()}
+  start, config = time.perf_counter(), subject.config
+  partial = pathlib.Path(workdir, PARTIAL)
+  measured = measure(subject, variables, measurer, partial)
   seconds = time.perf_counter() - start
-  config, attack = experiment.config, experiment.eval_attack
   summary = {
       "scheme": config.scheme, "network": config.model.name, "seed": config.seed, "step": step,
       "weights": weights_of(config, step),
-      "data": f"{config.data.name}, {config.data.test_split}",
-      "attack": dataclasses.asdict(attack), "results": results, "training": training,
+      "data": f"{config.data.name}, {config.data.test_split}", "imagenet": subject.knows_imagenet,
+      "attack": dataclasses.asdict(subject.attack), **measured, "training": training,
       "evaluation_seconds": round(seconds, 2), "devices": jax.device_count(),
       "device_kind": jax.devices()[0].device_kind}
   if jax.process_index() == 0:
-    names = ("evaluation.json", "evaluation.png") if training is None else (
-        "summary.json", "adversarial.png")
-    write_json(os.path.join(workdir, names[0]), summary)
-    picture = adversarial_picture(experiment, variables, attacked_domain(experiment.method))
-    picture.save(os.path.join(workdir, names[1]))
+    name, picture = ("evaluation",) * 2 if training is None else ("summary", "adversarial")
+    files = [f"{name}.json", f"{name}.csv"]
+    write_json(os.path.join(workdir, files[0]), summary)
+    write_text(os.path.join(workdir, files[1]), results_csv(summary))
+    with contextlib.suppress(Unavailable):       # without test images there is no picture
+      drawn = adversarial_picture(subject, variables)
+      files.append(f"{picture}.png")
+      drawn.save(os.path.join(workdir, files[-1]))
+    shutil.rmtree(partial, ignore_errors=True)
     print("\n" + results_table(summary))
-    print(f"\n{' and '.join(names)} are in {workdir}")
+    print(f"\n{', '.join(files[:-1])} and {files[-1]} are in {workdir}")
   return summary
 
 
@@ -195,14 +245,3 @@ def weights_of(config: ml_collections.ConfigDict, step: int) -> str:
   if not step and config.model.pretrained is not None:
     return config.model.pretrained
   return "moving averages" if config.train.ema_decay > 0 else "as trained"
-
-
-def results_table(summary: dict) -> str:
-  """The results of a summary as a plain-text table."""
-  attack, rows = Attack(**summary["attack"]), []
-  for name, result in summary["results"].items():
-    images = name if name == CLEAN else f"{name} ({attack})"
-    rows.append([images, *([None] * 3 if result is None else
-                           [f"{100 * result['top1']:.2f}", f"{result['loss']:.4f}",
-                            result["images"]])])
-  return table(rows, ["test images", "top-1 %", "loss", "images"])

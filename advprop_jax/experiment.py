@@ -77,15 +77,13 @@ class Experiment:
     return step // every > (step - 1) // every
 
 
-def create_experiment(config: ml_collections.ConfigDict, workdir: str | None = None,
-                      training: bool = True) -> Experiment:
+def create_experiment(config: ml_collections.ConfigDict,
+                      workdir: str | None = None) -> Experiment:
   """Opens the data and builds the method of a config.
 
   Args:
     config: from `runtime.config.default_config()`, changed at will.
     workdir: of the run; None for none.
-    training: False for evaluation alone: the training images need not be there, and the test images
-      stand in their place.
 
   Returns:
     The experiment; nothing has been computed yet.
@@ -95,7 +93,7 @@ def create_experiment(config: ml_collections.ConfigDict, workdir: str | None = N
   """
   config = resolve(config, workdir)
   test_source = open_split(config.data, config.data.test_split)
-  train_source = open_split(config.data, config.data.train_split, True) if training else test_source
+  train_source = open_split(config.data, config.data.train_split, True)
   num_classes = train_source.num_classes
   check_classes(config, train_source.class_names, test_source.class_names)
   if config.attack.target != "none" and num_classes < 2:
@@ -106,7 +104,7 @@ def create_experiment(config: ml_collections.ConfigDict, workdir: str | None = N
   # Of an epoch as the config means it.
   steps = steps_per_epoch / scheme.budget if scheme.same_budget else steps_per_epoch
   total_steps = duration(config.train, "", steps)
-  if training and not total_steps and config.train.steps is None and config.train.epochs:
+  if not total_steps and config.train.steps is None and config.train.epochs:
     raise InputError(f"config.train.epochs={config.train.epochs:g}: less than one step of "
                      f"{config.data.batch_size} images; give at least {1 / steps:.2g}, or 0")
   schedule = create_schedule(config.optimizer, steps, total_steps)
@@ -240,19 +238,21 @@ def _of_weights(config, workdir):
           "model.input_convention": config.model.input_convention or network.convention}
 
 
-def open_network(config: ml_collections.ConfigDict, workdir: str) -> trained.TrainedNetwork:
+def open_network(config: ml_collections.ConfigDict, workdir: str,
+                 ignored: tuple[str, ...] = ()) -> trained.TrainedNetwork:
   """What a run has trained, or what `config.model.pretrained` names where none has begun.
 
   Args:
     config: that of the run; LATER sections may differ.
     workdir: of the run. Its data is not needed.
+    ignored: further fields that may differ.
 
   Raises:
     InputError: bad config, or neither is there or can be read.
   """
   config = resolve(config, workdir)
   if trained.has_begun(workdir):
-    refuse_other_run(config, workdir, LATER)
+    refuse_other_run(config, workdir, (*LATER, *ignored))
     return trained.read_run(workdir, config.eval.checkpoint, config.export.weights)
   if config.model.pretrained is None:
     raise InputError(f"--workdir={workdir}: {trained.NOTHING}")

@@ -9,7 +9,7 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from advprop_jax import evaluate, export, inspect, train
+from advprop_jax import evaluate, export, inspect, report, train
 from advprop_jax.errors import InputError
 from advprop_jax.runtime.config import require_known
 from advprop_jax.runtime.memory import keep_freed_memory
@@ -25,7 +25,8 @@ _MODE = flags.DEFINE_enum(
     "train: train, then evaluate. evaluate: the checkpoint in the workdir, or "
     "--config.model.pretrained; with --config.eval.photographs=FOLDER: what these show. export: "
     "write the network for others, as --config.export.format says. inspect: a picture of what the "
-    "network will see, and the speed of the data. report: not there yet.")
+    "network will see, and the speed of the data. report: figures and a "
+    "page of this run, and of those that --config.report.runs names.")
 
 BAD_INPUT = 2  # exit code
 
@@ -38,9 +39,7 @@ def main(argv: list[str]) -> None:
       raise InputError(f"--{flag.name}: not given; see --help")
   logging.set_verbosity(logging.WARNING)
   verbs = {"train": train.train, "evaluate": evaluate.evaluate,
-           "export": export.export, "inspect": inspect.inspect}
-  if _MODE.value not in verbs:
-    raise InputError(f"--mode={_MODE.value}: is not there yet; use {' or '.join(verbs)}")
+           "export": export.export, "inspect": inspect.inspect, "report": report.report}
   verbs[_MODE.value](_CONFIG.value, _WORKDIR.value)
 
 

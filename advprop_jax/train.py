@@ -9,10 +9,12 @@ from collections.abc import Callable
 import jax
 import ml_collections
 
+from advprop_jax.benchmarks.contract import test_pass
 from advprop_jax.data import loader, transforms
 from advprop_jax.errors import InputError
-from advprop_jax.evaluate import CLEAN, conclude, create_evaluators
+from advprop_jax.evaluate import conclude, subject_of
 from advprop_jax.experiment import Experiment, create_experiment, fresh_state, initial_state
+from advprop_jax.measure import Measurer, row
 from advprop_jax.method.schemes import SECOND_VIEW
 from advprop_jax.method.state import TrainState
 from advprop_jax.method.step import train_step
@@ -40,7 +42,8 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
   """
   experiment = create_experiment(config, workdir)
   claim_workdir(experiment, workdir)
-  evaluators = create_evaluators(experiment)
+  subject = subject_of(experiment)
+  measurer, clean = Measurer(experiment.method.model, experiment.config), test_pass(subject)
   with contextlib.ExitStack() as stack:
     checkpoints = stack.enter_context(Checkpoints(
         os.path.join(workdir, "checkpoints"), experiment.config.checkpoint.keep, BEST_METRIC))
@@ -52,12 +55,13 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
     writer = stack.enter_context(MetricsWriter(workdir, start))
     progress = stack.enter_context(Progress(
         experiment.total_steps, start, experiment.config.data.batch_size))
-    state = fit(experiment, state, batches, checkpoints, writer, progress, evaluators[CLEAN])
+    state = fit(experiment, state, batches, checkpoints, writer, progress,
+                lambda variables: row(clean, measurer.answers(variables, clean)))
   training = {"images_per_second": progress.images_per_second(), "start_step": start}
   if start == experiment.total_steps:  # no step was made; what is known of those that were stays
     training = read_json(os.path.join(workdir, "summary.json")).get("training") or training
-  return conclude(experiment, state.evaluation_variables, experiment.total_steps, workdir,
-                  evaluators, training)
+  return conclude(subject, state.evaluation_variables, experiment.total_steps, workdir, measurer,
+                  training)
 
 
 def fit(experiment: Experiment, state: TrainState, batches, checkpoints: Checkpoints,

@@ -97,12 +97,13 @@ def classify(model: Network, variables: Mapping[str, Any], pixels: jax.Array) ->
   return model.apply(variables, to_model_units(pixels))
 
 
-def read(source: str, name: str) -> TrainedNetwork:
+def read(source: str, name: str | None) -> TrainedNetwork:
   """Reads the weights of a network.
 
   Args:
     source: workdir of a run, folder of an exported checkpoint, or what `weight_files.find` takes.
-    name: of the network that they are expected to be of.
+    name: of the network that they are expected to be of; None for any, where the source `is_ours`
+      and so knows it.
 
   Returns:
     The network; of a run, the moving averages of its newest checkpoint.
@@ -116,8 +117,14 @@ def read(source: str, name: str) -> TrainedNetwork:
     network = read_run(source)
   else:
     return _published(source, name)
-  _require_network(source, name, network.name)
+  if name is not None:
+    _require_network(source, name, network.name)
   return network
+
+
+def is_ours(source: str) -> bool:
+  """Whether weights are those of a run or of an exported checkpoint, which know their network."""
+  return os.path.exists(os.path.join(source, EXPORTED)) or has_checkpoints(source)
 
 
 def has_begun(workdir: str) -> bool:

@@ -34,4 +34,6 @@ def get_config(variant: str = ""):
   config.train.epochs = 4.0
   config.train.ema_decay = 0.99
   config.train.log_every = 10
+  config.eval.benchmarks = "clean,adversarial,auxiliary,strength,corruptions"
+  config.eval.corrupted_images = 400  # each 75 times
   return config

@@ -1,6 +1,5 @@
 """Each evaluation goes through the batch norms that its name says, with the attack that it says."""
 
-import dataclasses
 import functools
 import json
 import os
@@ -13,9 +12,12 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from advprop_jax import evaluate
+from advprop_jax.benchmarks import adversarial
+from advprop_jax.benchmarks.clean import CLEAN
 from advprop_jax.data.transforms import evaluation_transform
+from advprop_jax.evaluate import attacked_domain, measure, subject_of
 from advprop_jax.experiment import Experiment, create_experiment, fresh_state
+from advprop_jax.measure import Measurer
 from advprop_jax.method.loss import cross_entropy
 from advprop_jax.method.schemes import SCHEMES
 from advprop_jax.method.step import attack_images, to_model_units
@@ -57,6 +59,14 @@ def distinct_variables() -> dict:
   return traverse_util.unflatten_dict({path: draw(path, x) for path, x in flat.items()})
 
 
+@functools.cache
+def measured() -> dict:
+  """What is measured of it."""
+  experiment = small_experiment()
+  measurer = Measurer(experiment.method.model, experiment.config)
+  return measure(subject_of(experiment), distinct_variables(), measurer)
+
+
 @pytest.fixture(scope="module")
 def by_hand():
   """{(domain attacked or None, domain that classifies): (top1, loss)}, of all images at once."""
@@ -90,14 +100,14 @@ def test_the_cases_can_be_told_apart(by_hand):
 
 
 @pytest.mark.parametrize(("name", "attacked", "domain"), [
-    (evaluate.CLEAN, None, "clean"), (evaluate.MAIN, "clean", "clean"),
-    (evaluate.AUXILIARY, "adversarial", "adversarial")])
+    (CLEAN, None, "clean"), (adversarial.MAIN, "clean", "clean"),
+    (adversarial.AUXILIARY, "adversarial", "adversarial")])
 def test_an_evaluator_is_what_its_name_says(by_hand, name, attacked, domain):
   """Fails where an evaluator has another's domain, or no attack, or one through other batch norms.
 
   So does it where padding is counted, or where images are attacked from the start of others.
   """
-  result = evaluate.create_evaluators(small_experiment())[name](distinct_variables())
+  result = measured()["results"][name]
   top1, loss = by_hand[attacked, domain]
   assert result["images"] == IMAGES
   np.testing.assert_allclose(result["loss"], loss, rtol=2e-3)
@@ -107,9 +117,10 @@ def test_an_evaluator_is_what_its_name_says(by_hand, name, attacked, domain):
 @pytest.mark.parametrize("scheme", sorted(SCHEMES))
 def test_the_auxiliary_domain_is_the_one_that_is_attacked(scheme):
   """Fails where a scheme without auxiliary adversarial batch norms is said to have them."""
-  method = dataclasses.replace(small_experiment().method, scheme=SCHEMES[scheme])
-  expected = "adversarial" if "adversarial" in method.scheme.domains else None
-  assert evaluate.attacked_domain(method) == expected
+  domains = SCHEMES[scheme].domains
+  expected = "adversarial" if "adversarial" in domains else None
+  assert attacked_domain(SCHEMES[scheme], domains) == expected
+  assert attacked_domain(SCHEMES[scheme], domains[:1]) is None      # the network that is deployed
 
 
 def test_four_devices_count_each_image_once(tmp_path):
@@ -133,6 +144,6 @@ def test_four_devices_count_each_image_once(tmp_path):
 
   four = evaluated(tmp_path / "four", 4, "--config.data.num_workers=2")
   one = evaluated(tmp_path / "one", 1)
-  assert four[evaluate.CLEAN]["images"] == four[evaluate.MAIN]["images"] == 1003
-  assert four[evaluate.CLEAN]["top1"] == one[evaluate.CLEAN]["top1"]
-  np.testing.assert_allclose(four[evaluate.CLEAN]["loss"], one[evaluate.CLEAN]["loss"], rtol=1e-5)
+  assert four[CLEAN]["images"] == four[adversarial.MAIN]["images"] == 1003
+  assert four[CLEAN]["top1"] == one[CLEAN]["top1"]
+  np.testing.assert_allclose(four[CLEAN]["loss"], one[CLEAN]["loss"], rtol=1e-5)

@@ -30,7 +30,7 @@ QUICKSTART = "--config=configs/quickstart.py"
     (["--config=configs/imagenet_efficientnet.py:b9", "--workdir=DIR"], ["b9", "b0"]),
     (["--config=configs/nothing.py", "--workdir=DIR"], ["configs/nothing.py"]),
     ([QUICKSTART, "--workdir=DIR", "--mode=dance"], ["mode", "train"]),
-    ([QUICKSTART, "--workdir=DIR", "--mode=report"], ["report", "not there yet"]),
+    ([QUICKSTART, "--workdir=DIR", "--mode=report"], ["DIR", "there is no such folder"]),
     ([QUICKSTART, "--workdir=DIR", "--config.data.name=mnist", "--config.data.dir=DIR"],
      ["data.dir", "DIR"]),
     ([QUICKSTART, "--workdir=DIR", "--config.data.name=folder", "--config.data.dir=DIR"],

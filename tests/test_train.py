@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 
 from advprop_jax import evaluate, train
+from advprop_jax.benchmarks import adversarial
+from advprop_jax.benchmarks.clean import CLEAN
 from advprop_jax.errors import InputError
 from advprop_jax.experiment import create_experiment, fresh_state
 from advprop_jax.runtime.checkpoint import Checkpoints
@@ -81,7 +83,7 @@ def test_what_a_run_leaves(undisturbed):
   assert json.loads((workdir / "summary.json").read_text()) == json.loads(json.dumps(summary))
   assert json.loads((workdir / "config.json").read_text())["model"]["name"] == "one_block"
   results = summary["results"]
-  assert set(results) == {evaluate.CLEAN, evaluate.MAIN, evaluate.AUXILIARY}
+  assert set(results) == {CLEAN, adversarial.MAIN, adversarial.AUXILIARY}
   for result in results.values():
     assert result["images"] == 50
     assert 0 <= result["top1"] <= 1
@@ -232,8 +234,9 @@ def test_vanilla_has_no_auxiliary_result(tmp_path, capsys):
   config = make_config(train__steps=2)
   config.scheme = "vanilla"
   summary = train.train(config, str(tmp_path))
-  assert summary["results"][evaluate.AUXILIARY] is None
-  assert "-" in capsys.readouterr().out.splitlines()[-3]
+  assert set(summary["results"]) == {CLEAN, adversarial.MAIN}
+  assert set(summary["skipped"]) == {"auxiliary"}
+  assert "skipped: auxiliary: the network has no auxiliary" in capsys.readouterr().out
 
 
 def test_the_attack_of_the_evaluation_can_be_set(undisturbed):
@@ -245,8 +248,9 @@ def test_the_attack_of_the_evaluation_can_be_set(undisturbed):
   assert (workdir / "summary.json").read_bytes() == written
   assert json.loads((workdir / "evaluation.json").read_text())["attack"]["epsilon"] == 64.0
   assert stronger["attack"]["epsilon"] == 64.0
-  assert (stronger["results"][evaluate.MAIN]["loss"] > summary["results"][evaluate.MAIN]["loss"])
-  assert stronger["results"][evaluate.CLEAN] == summary["results"][evaluate.CLEAN]
+  main = adversarial.MAIN
+  assert stronger["results"][main]["loss"] > summary["results"][main]["loss"]
+  assert stronger["results"][CLEAN] == summary["results"][CLEAN]
 
 
 def test_killed_five_times(tmp_path):

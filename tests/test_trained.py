@@ -53,7 +53,7 @@ def test_other_classes_start_with_a_fresh_classifier(published, tmp_path, capsys
   assert not np.any(state.params["classifier"]["kernel"])
   np.testing.assert_array_equal(state.params["stem"]["kernel"],
                                 random_variables(7)["params"]["stem"]["kernel"])
-  with pytest.raises(InputError, match=r"7 other classes.*train first"):
+  with pytest.raises(InputError, match=r"the network has 7.*train it first"):
     evaluate(config, str(tmp_path / "none"))
   train(config, str(tmp_path / "run"))
   assert "its classifier, of 7 other classes, is left out" in capsys.readouterr().out

@@ -1,1 +1,1 @@
-"""Robustness: what is measured of a network besides its accuracy on clean images."""
+"""Robustness: what is measured of a network, beside its accuracy on clean images."""

@@ -17,7 +17,7 @@ from types import ModuleType
 
 import numpy as np
 
-from advprop_jax.benchmarks.imagenet_c import CORRUPTIONS, SETTINGS, SEVERITIES
+from advprop_jax.benchmarks.mce import CORRUPTIONS, SETTINGS, SEVERITIES
 from advprop_jax.data.sources import Source
 from advprop_jax.data.transforms import EvaluationTransform
 from advprop_jax.errors import InputError
@@ -42,7 +42,7 @@ def corrupt(image: np.ndarray, name: str, severity: int,
   Args:
     image: uint8 (h, w, 3), or a grey one, (h, w) or (h, w, 1), which becomes RGB. It is not
       written to.
-    name: one of imagenet_c.CORRUPTIONS.
+    name: one of mce.CORRUPTIONS.
     severity: 1 to 5.
     seed: one or more integers, each 0 or more, such as (seed of the run, index of the image). Name
       and severity are mixed in.
@@ -91,7 +91,7 @@ def corrupted(source: Source, transform: EvaluationTransform,
   Args:
     source: the records.
     transform: what comes before the corruption; it can be pickled.
-    settings: (corruption, severity), each of imagenet_c.SETTINGS at most once; all 75 by default.
+    settings: (corruption, severity), each of mce.SETTINGS at most once; all 75 by default.
     seed: 0 or more.
     limit: only the first so many images.
 

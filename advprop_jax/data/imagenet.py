@@ -18,6 +18,11 @@ WNIDS: tuple[str, ...] = tuple(wnid for _, wnid, _, _, _ in _ROWS)
 LABELS: dict[str, int] = {wnid: label for label, wnid in enumerate(WNIDS)}
 
 
+# Labels of the 200 classes that ImageNet-A and ImageNet-R have images of.
+CLASSES_OF_A: tuple[int, ...] = tuple(int(row[0]) for row in _ROWS if row[3] == "1")
+CLASSES_OF_R: tuple[int, ...] = tuple(int(row[0]) for row in _ROWS if row[4] == "1")
+
+
 @functools.cache
 def _names() -> dict[str, str]:
   return {wnid: name for _, wnid, name, _, _ in _ROWS}

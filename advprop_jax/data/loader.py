@@ -65,7 +65,14 @@ class EvaluationBatches:
     return len(self.blocks)
 
   def __iter__(self) -> Iterator[Batch]:
-    iterator = _iterate(self.blocks, 0, min(self.num_workers, len(self)), self.num_threads)
+    return self.starting_at(0)
+
+  def starting_at(self, first: int) -> Iterator[Batch]:
+    """The batches from number `first` on; none where all are before it."""
+    left = len(self) - first
+    if left <= 0:
+      return
+    iterator = _iterate(self.blocks, first, min(self.num_workers, left), self.num_threads)
     try:
       yield from iterator
     finally:

@@ -68,6 +68,33 @@ class Source:
     return (self[i] for i in range(len(self)))
 
 
+def joined(name: str, sources: Sequence[Source]) -> Source:
+  """The records of some sources of the same classes, one source after the other, as one.
+
+  Args:
+    name: of the whole.
+    sources: one or more.
+  """
+  ends = np.cumsum([len(source) for source in sources])
+  records = JoinedRecords(tuple(source.records for source in sources), ends)
+  return Source(name, "+".join(source.split for source in sources), sources[0].class_names, records)
+
+
+@dataclasses.dataclass(frozen=True)
+class JoinedRecords:
+  """Records of several sources, one after the other."""
+
+  parts: tuple[Records, ...]
+  ends: np.ndarray                     # int (parts,): how many records there are up to each's end
+
+  def __len__(self) -> int:
+    return int(self.ends[-1])
+
+  def __getitem__(self, index: int) -> dict[str, Any]:
+    part = int(np.searchsorted(self.ends, index, side="right"))
+    return self.parts[part][index - (int(self.ends[part - 1]) if part else 0)]
+
+
 def open_source(name: str, directory: str | None = None, split: str = "train",
                 keep_in_memory: int = KEEP_IN_MEMORY) -> Source:
   """Opens one split of a TFDS data set that is prepared as array_record.

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from advprop_jax.benchmarks.contract import Subject
 from advprop_jax.data import imagenet
-from advprop_jax.experiment import Experiment
 from advprop_jax.method.attack import PIXEL
 from advprop_jax.method.step import attack_images, to_model_units
 
@@ -18,37 +18,36 @@ TEXT = 13
 LETTERS = 16                           # of a line to the left of a row, at most
 
 
-def adversarial_picture(experiment: Experiment, variables: dict, domain: str | None,
-                        columns: int = 8) -> Image.Image:
+def adversarial_picture(subject: Subject, variables: dict, columns: int = 8) -> Image.Image:
   """Clean test images, what an attack adds to them, and the adversarial images.
 
+  The attack is that of the evaluation, through the auxiliary batch norms if there are any.
+
   Args:
-    experiment: the run.
+    subject: the network, and its test images.
     variables: of its model.
-    domain: whose batch norms the attack goes through; None for the main ones.
     columns: number of images, spread over the test set.
   """
-  method, attack, source = experiment.method, experiment.eval_attack, experiment.test_source
-  main, domain = method.scheme.domains[0], domain or method.scheme.domains[0]
-  transform = experiment.evaluation_transform
+  model, attack, source = subject.model, subject.attack, subject.open_test()
+  main, domain = subject.main, subject.auxiliary or subject.main
   places = np.linspace(0, len(source) - 1, columns).astype(int)
-  pixels = np.stack([transform(source[i]["image"]) for i in places])
+  pixels = np.stack([subject.transform(source[i]["image"]) for i in places])
   labels = np.array([source[i]["label"] for i in places])
 
   @jax.jit
   def compute(variables, pixels, labels):
     images = to_model_units(pixels)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.PRNGKey(0), places)
-    adversarial = attack_images(method.model, variables, domain, attack, images, labels, keys)
+    adversarial = attack_images(model, variables, domain, attack, images, labels, keys)
 
     def predict(images, domain):
-      return jnp.argmax(method.model.apply(variables, images, domains=(domain,)), axis=-1)
+      return jnp.argmax(model.apply(variables, images, domains=(domain,)), axis=-1)
 
     return adversarial, {"clean": predict(images, main), "main": predict(adversarial, main),
                          "attacked": predict(adversarial, domain)}
 
   adversarial, predictions = jax.device_get(compute(variables, pixels, labels))
-  names = [imagenet.words(name) for name in experiment.train_source.class_names]
+  names = [imagenet.words(name) for name in source.class_names]
 
   def lines(kind, before):
     return [(f"{before}{names[guess]}", RIGHT if guess == label else WRONG)

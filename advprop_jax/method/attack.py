@@ -60,7 +60,8 @@ class Attack:
     """What it is in a few words, such as "PGD-5, epsilon 4, step 1"."""
     norm = "L2 " if self.norm == "l2" else ""
     ball = f"epsilon {self.epsilon:g}" if self.ball else "no ball"
-    return f"{norm}{self.name.upper()}-{self.num_steps}, {ball}, step {self.step_size:g}"
+    step = "" if self.name == APGD else f", step {self.step_size:g}"
+    return f"{norm}{self.name.upper()}-{self.num_steps}, {ball}{step}"
 
 
 # name -> what it fixes, given the other settings.
@@ -74,6 +75,7 @@ ATTACKS: dict[str, Callable[[Attack], Mapping[str, Any]]] = {
     # One step to the border of the ball (Goodfellow et al., ICLR 2015).
     "fgsm": lambda attack: {"clean_start": 1.0, "num_steps": 1, "step_size": attack.epsilon},
 }
+APGD = "apgd"                          # apgd.py: it sets its own step sizes, and is to evaluate
 NORMS = ("linf", "l2")
 TARGETS = ("none", "random", "least_likely")
 STATISTICS = ("running", "batch")

@@ -6,6 +6,8 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 from advprop_jax import models
+from advprop_jax.benchmarks.adversarial import epsilons
+from advprop_jax.benchmarks.registry import BENCHMARKS
 from advprop_jax.data.transforms import AUGMENTATIONS, CROPS
 from advprop_jax.method import attack, optimizer
 from advprop_jax.method.schemes import SCHEMES
@@ -43,6 +45,21 @@ def known_network(name: str) -> str | None:
 def not_empty(value: str) -> str | None:
   """A text that says something."""
   return None if value.strip() else "a path or an id, or leave it unset"
+
+
+def benchmark_names(value: str) -> str | None:
+  """Names of benchmarks, with commas between."""
+  names = [name.strip() for name in value.split(",")]
+  return next(filter(None, map(one_of(BENCHMARKS), names)), None)
+
+
+def strengths(value: str) -> str | None:
+  """Numbers with commas between, each once."""
+  try:
+    epsilons(value)
+  except ValueError:
+    return "numbers of at least 0 with commas between, each once, such as '1,2,4'"
+  return None
 
 
 def anything(value: Any) -> None:
@@ -173,6 +190,24 @@ FIELDS = {
                                                                                       "best"))),
     "eval.photographs": Field(None, str, "folder of images without labels: --mode=evaluate prints "
                               "what they show"),
+    "eval.benchmarks": Field("clean,adversarial,auxiliary", str, "what is measured, names with "
+                             "commas between", benchmark_names),
+    "eval.dir": Field(None, str, "folder of benchmarks' images; not set: data.dir"),
+    "eval.num_workers": Field(None, int, "processes that make test images; not set: as in "
+                              "training, and for corrupted images as many as there are cores",
+                              NOT_NEGATIVE),
+    "eval.corrupted_images": Field(None, int, "only the first so many test images are corrupted, "
+                                   "or stylized",
+                                   POSITIVE),
+    "eval.restarts": Field(1, int, "attacks of each image, of which the strongest counts",
+                           POSITIVE),
+    "eval.strengths": Field("0.5,1,2,4,8", str, "epsilons of the benchmark 'strength', 0-255 units",
+                            strengths),
+    "eval.apgd_steps": Field(100, int, "of the benchmark 'apgd'", POSITIVE),
+    "eval.transfer_from": Field(None, str, "of the benchmark 'transfer': the network that is "
+                                "attacked, as in model.pretrained", not_empty),
+    "eval.transfer_network": Field(None, str, "its name, if it is published weights of another "
+                                   "network; not set: model.name", known_network),
     "eval.attack": Field(None, str, "name of the final attack; not set: the training's",
                          one_of(attack.ATTACKS)),
     "eval.epsilon": Field(None, float, "of the final attack; not set: the training's",
@@ -186,6 +221,9 @@ FIELDS = {
     "export.dir": Field(None, str, "folder that is written; not set: WORKDIR/export/FORMAT"),
     "export.weights": Field("averages", str, "moving averages, or the weights as trained; what is "
                             "exported, and shown photographs", one_of(("averages", "trained"))),
+
+    "report.runs": Field(None, str, "of --mode=report: further workdirs, with commas between",
+                         not_empty),
 
     "checkpoint.every_epochs": Field(1.0, float, "between two checkpoints; 0: at the end alone",
                                      NOT_NEGATIVE),

@@ -133,7 +133,8 @@ class Progress:
   """A bar on a terminal; elsewhere a plain line now and then, and always one for the last step."""
 
   def __init__(self, total_steps: int, start_step: int = 0, images_per_step: int = 1,
-               stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic):
+               stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic,
+               name: str = ""):
     """Shows the bar.
 
     Args:
@@ -142,7 +143,9 @@ class Progress:
       images_per_step: images of one update on all devices of all hosts.
       stream: where to, stderr by default.
       clock: seconds, rising.
+      name: of what is done; not set: training, whose updates are steps.
     """
+    self._named = f"{name}, batch" if name else "step"
     self._total, self._images, self._clock = total_steps, images_per_step, clock
     self._stream = stream or sys.stderr
     self._step = start_step
@@ -152,7 +155,8 @@ class Progress:
     self._bar = None
     if self._stream.isatty():
       self._bar = tqdm(total=total_steps, initial=start_step, file=self._stream, dynamic_ncols=True,
-                       bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}")
+                       bar_format=(f"{name} " if name else "") +
+                       "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}")
 
   def __enter__(self) -> "Progress":
     return self
@@ -177,7 +181,7 @@ class Progress:
       self._bar.update(step - self._bar.n)
     elif now - self._line_time >= _SECONDS_BETWEEN_LINES or step >= self._total:
       self._line_time = now
-      self.note(f"step {step}/{self._total}: {text}" if text else f"step {step}/{self._total}")
+      self.note(f"{self._named} {step}/{self._total}{': ' if text else ''}{text}")
 
   def _speed(self) -> list[str]:
     rate = self.images_per_second()
@@ -264,8 +268,12 @@ def write_json(path: str | os.PathLike, data: Any) -> None:
   Raises:
     InputError: it cannot be written.
   """
+  write_text(path, json.dumps(_jsonable(data), indent=2, allow_nan=False) + "\n")
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+  """As `write_json`, of any text."""
   path = pathlib.Path(path)
-  text = json.dumps(_jsonable(data), indent=2, allow_nan=False) + "\n"
   try:
     _replace(path, text)
   except OSError as error:

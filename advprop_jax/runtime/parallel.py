@@ -1,5 +1,6 @@
 """Devices and hosts: the only pmap, and what must not depend on how many devices there are."""
 
+import os
 from collections.abc import Callable, Sequence
 
 import jax
@@ -49,6 +50,11 @@ def shard(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
   """Splits (n, ...) arrays of this process into (local devices, n / local devices, ...)."""
   devices = jax.local_device_count()
   return {name: array.reshape(devices, -1, *array.shape[1:]) for name, array in batch.items()}
+
+
+def local_cores() -> int:
+  """CPU cores that this process may use."""
+  return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def wait_each_step() -> bool:

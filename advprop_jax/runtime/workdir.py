@@ -8,7 +8,7 @@ from advprop_jax.errors import InputError
 from advprop_jax.runtime.config import differences
 from advprop_jax.runtime.metrics import read_json
 
-LATER = ("eval", "export", "checkpoint")            # sections of a config that may change later
+LATER = ("eval", "export", "report", "checkpoint")  # sections that may change later
 # Fields besides these that may be others where a run is only evaluated: which images, not how.
 EVALUATED = ("data.name", "data.dir", "data.train_split", "data.test_split", "data.broken",
              "data.crop_fraction")

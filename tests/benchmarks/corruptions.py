@@ -19,7 +19,7 @@ import time
 import numpy as np
 
 from advprop_jax.benchmarks.corruptions import corrupt, corrupted
-from advprop_jax.benchmarks.imagenet_c import CORRUPTIONS, SETTINGS, SEVERITIES
+from advprop_jax.benchmarks.mce import CORRUPTIONS, SETTINGS, SEVERITIES
 from advprop_jax.data.loader import evaluation_batches
 from advprop_jax.data.sources import Source
 from advprop_jax.data.transforms import evaluation_transform

@@ -10,7 +10,7 @@ import pytest
 
 from advprop_jax.benchmarks import corruptions
 from advprop_jax.benchmarks.corruptions import corrupt, corrupted
-from advprop_jax.benchmarks.imagenet_c import CORRUPTIONS, SETTINGS, SEVERITIES
+from advprop_jax.benchmarks.mce import CORRUPTIONS, SETTINGS, SEVERITIES
 from advprop_jax.data.loader import evaluation_batches
 from advprop_jax.data.sources import Source
 from advprop_jax.data.transforms import evaluation_transform

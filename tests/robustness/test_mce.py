@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from advprop_jax.benchmarks import imagenet_c
-from advprop_jax.benchmarks.imagenet_c import ALEXNET, CORRUPTIONS, SETTINGS, SEVERITIES
+from advprop_jax.benchmarks import mce
+from advprop_jax.benchmarks.mce import ALEXNET, CORRUPTIONS, SETTINGS, SEVERITIES
 from advprop_jax.errors import InputError
 
 # Errors of AlexNet, percent, in the order of CORRUPTIONS and SEVERITIES. *Source:* timm's table.
@@ -72,30 +72,30 @@ def test_settings():
 
 def test_alexnet_has_100():
   errors = at_every_severity(ALEXNET)
-  assert imagenet_c.mce(errors) == 100.0
-  assert set(imagenet_c.corruption_errors(errors).values()) == {100.0}
-  assert imagenet_c.relative_mce(errors, imagenet_c.ALEXNET_CLEAN) == 100.0
+  assert mce.mce(errors) == 100.0
+  assert set(mce.corruption_errors(errors).values()) == {100.0}
+  assert mce.relative_mce(errors, mce.ALEXNET_CLEAN) == 100.0
 
 
 def test_constants_are_the_means_of_alexnets_table():
   for name, row in zip(CORRUPTIONS, ALEXNET_ERRORS, strict=True):
     assert math.fsum(row) / 5 == pytest.approx(100 * ALEXNET[name], abs=1e-9)
-  assert imagenet_c.mce(alexnet()) == pytest.approx(100, abs=1e-9)
+  assert mce.mce(alexnet()) == pytest.approx(100, abs=1e-9)
 
 
 def test_resnet_50_has_what_is_published():
   errors = resnet_50()
-  assert round(imagenet_c.mce(errors), 1) == 76.7
-  for name, value in imagenet_c.corruption_errors(errors).items():
+  assert round(mce.mce(errors), 1) == 76.7
+  for name, value in mce.corruption_errors(errors).items():
     assert value == pytest.approx(RESNET_50[name][1], abs=0.02), name     # of rounded accuracies
-  assert imagenet_c.mean_error(errors) == pytest.approx(1 - 0.3917, abs=1e-4)
+  assert mce.mean_error(errors) == pytest.approx(1 - 0.3917, abs=1e-4)
 
 
 def test_relative_mce_of_resnet_50():
   relative = [(1 - RESNET_50[name][0] / 100 - 0.2387) / (ALEXNET[name] - 0.4348)
               for name in CORRUPTIONS]
-  assert imagenet_c.relative_mce(resnet_50(), 0.2387) == pytest.approx(100 * np.mean(relative))
-  assert round(imagenet_c.relative_mce(resnet_50(), 0.2387)) == 105
+  assert mce.relative_mce(resnet_50(), 0.2387) == pytest.approx(100 * np.mean(relative))
+  assert round(mce.relative_mce(resnet_50(), 0.2387)) == 105
 
 
 def test_as_by_numpy():
@@ -103,28 +103,28 @@ def test_as_by_numpy():
   given = {name: dict(zip(SEVERITIES, row.tolist(), strict=True))
            for name, row in zip(CORRUPTIONS, errors, strict=True)}
   alexnet_means = np.array(list(ALEXNET.values()))
-  assert imagenet_c.mce(given) == pytest.approx(100 * (errors.mean(1) / alexnet_means).mean())
+  assert mce.mce(given) == pytest.approx(100 * (errors.mean(1) / alexnet_means).mean())
   relative = (errors - 0.2).mean(1) / (alexnet_means - 0.43)
-  assert imagenet_c.relative_mce(given, 0.2, 0.43) == pytest.approx(100 * relative.mean())
-  assert imagenet_c.mean_error(given) == pytest.approx(errors.mean())
+  assert mce.relative_mce(given, 0.2, 0.43) == pytest.approx(100 * relative.mean())
+  assert mce.mean_error(given) == pytest.approx(errors.mean())
 
 
 def test_further_corruptions_do_not_count():
   errors = at_every_severity({**ALEXNET, "speckle_noise": 0.1})
-  assert imagenet_c.mce(errors) == 100.0
+  assert mce.mce(errors) == 100.0
 
 
 def test_what_is_missing_is_named_and_mce_refused():
   errors = resnet_50()
   del errors["frost"], errors["fog"][2], errors["fog"][5]
-  assert len(imagenet_c.missing(errors)) == 7
-  for refusing in (imagenet_c.mce, imagenet_c.mean_error,
-                   lambda errors: imagenet_c.relative_mce(errors, 0.24)):
+  assert len(mce.missing(errors)) == 7
+  for refusing in (mce.mce, mce.mean_error,
+                   lambda errors: mce.relative_mce(errors, 0.24)):
     with pytest.raises(InputError, match=r"missing: frost; fog at severity 2, 5$"):
       refusing(errors)
-  shown = imagenet_c.corruption_errors(errors)
+  shown = mce.corruption_errors(errors)
   assert set(CORRUPTIONS) - set(shown) == {"frost", "fog"}
-  assert list(imagenet_c.relative_corruption_errors(errors, 0.24)) == list(shown)
+  assert list(mce.relative_corruption_errors(errors, 0.24)) == list(shown)
 
 
 @pytest.mark.parametrize("value", [68.02, -0.1, math.nan])
@@ -132,13 +132,13 @@ def test_an_error_is_a_fraction(value):
   errors = resnet_50()
   errors["snow"][3] = value
   with pytest.raises(InputError, match="snow at severity 3 is no fraction"):
-    imagenet_c.mce(errors)
+    mce.mce(errors)
   with pytest.raises(InputError, match="clean images is no fraction"):
-    imagenet_c.relative_mce(resnet_50(), value)
+    mce.relative_mce(resnet_50(), value)
 
 
 def test_standard_error():
-  assert imagenet_c.standard_error(0.5, 100) == pytest.approx(0.05)
-  assert imagenet_c.standard_error(0.0, 10) == 0
+  assert mce.standard_error(0.5, 100) == pytest.approx(0.05)
+  assert mce.standard_error(0.0, 10) == 0
   with pytest.raises(InputError, match="images=0"):
-    imagenet_c.standard_error(0.5, 0)
+    mce.standard_error(0.5, 0)

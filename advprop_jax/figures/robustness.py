@@ -1,0 +1,223 @@
+"""Robustness: accuracy by corruption, and by the strength of the attack."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+
+from advprop_jax.figures.page import Section, evaluate_command, listed
+from advprop_jax.figures.runs import Estimate, Group, accuracy, average
+from advprop_jax.figures.style import INK, Panel, draw, look
+from advprop_jax.method.attack import Attack
+
+# As the paper of ImageNet-C groups them.
+KINDS = {
+    "noise": ("gaussian_noise", "shot_noise", "impulse_noise"),
+    "blur": ("defocus_blur", "glass_blur", "motion_blur", "zoom_blur"),
+    "weather": ("snow", "frost", "fog", "brightness"),
+    "digital": ("contrast", "elastic_transform", "pixelate", "jpeg_compression"),
+}
+SEVERITIES = ("1", "2", "3", "4", "5")
+# Of results -> what its images are.
+SETS = {"corruptions": "test images, corrupted in memory",
+        "imagenet_c": "ImageNet-C, the files as released"}
+STRENGTH = "strength"
+
+
+@dataclasses.dataclass(frozen=True)
+class Corrupted:
+  """Accuracy of one group on corrupted images, fractions.
+
+  Attributes:
+    severities: {corruption: {severity: top-1, the mean over runs}}.
+    means: {corruption: top-1, the mean over its severities and over runs}, those with all five.
+    mean: over all of them, as it was measured.
+    runs: how many.
+    images: of each setting.
+  """
+
+  severities: dict[str, dict[str, float]]
+  means: dict[str, Estimate]
+  mean: Estimate
+  runs: int
+  images: int
+
+
+def corrupted(group: Group, kind: str) -> Corrupted | None:
+  """Of the runs of a group that have it; None if there are none."""
+  details = [run.details[kind] for run in group.runs if run.details.get(kind)]
+  if not details:
+    return None
+  errors = [each["errors"] for each in details]
+  names = [name for names in KINDS.values() for name in names
+           if all(name in each for each in errors)]
+  severities = {name: {severity: average([1 - each[name][severity] for each in errors])[0]
+                       for severity in SEVERITIES if all(severity in each[name] for each in errors)}
+                for name in names}
+  means = {name: average([1 - average(list(each[name].values()))[0] for each in errors])
+           for name in names if len(severities[name]) == len(SEVERITIES)}
+  if len(details) == 1:
+    mean = 1 - details[0]["mean_error"], details[0].get("standard_error")
+  else:
+    mean = average([1 - each["mean_error"] for each in details])
+  return Corrupted(severities, means, mean, len(details), min(each["images"] for each in details))
+
+
+@dataclasses.dataclass(frozen=True)
+class Strength:
+  """Accuracy of one group by epsilon, fractions; `runs` is how many."""
+
+  epsilons: list[float]
+  estimates: list[Estimate]
+  runs: int
+  images: int
+  attacks: list[dict]
+
+
+def strength(group: Group) -> Strength | None:
+  """At the epsilons that all runs of the group with such a measurement have."""
+  details = [run.details[STRENGTH] for run in group.runs if run.details.get(STRENGTH)]
+  if not details:
+    return None
+  points = [{point["epsilon"]: point for point in each["points"]} for each in details]
+  epsilons = sorted(set.intersection(*map(set, points)))
+  estimates = [accuracy(points[0][epsilon]) if len(points) == 1 else
+               average([each[epsilon]["top1"] for each in points]) for epsilon in epsilons]
+  images = min(point["images"] for each in points for point in each.values())
+  return Strength(epsilons, estimates, len(points), images,
+                  [each.get("attack") or {} for each in details])
+
+
+def sections(groups: Sequence[Group]) -> list[Section]:
+  """Corruptions of each network and kind, then attack strength."""
+  made = []
+  networks = list(dict.fromkeys(group.network for group in groups))
+  for kind, images in SETS.items():
+    for network in networks:
+      found = {group: data for group in groups if group.network == network
+               and (data := corrupted(group, kind))}
+      if found:
+        of = f" of {network}" if len(networks) > 1 else ""
+        made.append(_corruption_section(f"Robustness{of}: {images}", kind, network, found, groups))
+  if not made:
+    made.append(Section("Robustness to corruptions", [], reason=(
+        "no run has an accuracy on corrupted images; "
+        + evaluate_command(groups[0].first, "clean,adversarial,corruptions"))))
+  return [*made, _strength_section(groups)]
+
+
+def _corruption_section(title, kind, network, found: Mapping[Group, Corrupted], groups) -> Section:
+  several = len({group.network for group in groups}) > 1
+  panels = [_bars(f"{kind}_{part}{f'_{network}' if several else ''}", part, names, found)
+            for part, names in {**KINDS, "mean": ()}.items()
+            if not names or any(name in data.means for name in names for data in found.values())]
+  caption = (
+      "Bars: top-1 accuracy, mean over the five severities. Dots: each severity, from 1 (smallest "
+      "dot) to 5 (largest). All panels have one scale. Measured through the main batch norms on "
+      f"{_images(found, ' of each setting')}.")
+  seeded = [group.label for group, data in found.items() if data.runs > 1]
+  if seeded:
+    caption += f" Of {listed(seeded)}: mean over seeds, error bars one standard error over seeds."
+  if len(seeded) < len(found):
+    caption += (" Of a single run there is an error bar on the mean alone, one standard error over "
+                "the images.")
+  lacking = [group.label for group in groups if group.network == network and group not in found]
+  if lacking:
+    caption += f" {listed(lacking)}: not measured."
+  return Section(title, [caption], panels)
+
+
+def _bars(name: str, kind: str, corruptions: Sequence[str], found: Mapping[Group, Corrupted]
+          ) -> Panel:
+  rows = corruptions or ("mean of all",)
+  width = 0.8 / len(found)
+
+  def plot(axes):
+    for number, (group, data) in enumerate(found.items()):
+      style = look(group)
+      for row, corruption in enumerate(rows):
+        mean, error = data.means.get(corruption, (None, None)) if corruptions else data.mean
+        if mean is None:
+          continue
+        y, third = row - 0.4 + (number + 0.5) * width, 0.22 * width
+        axes.barh(y, 100 * mean, 0.9 * width, color="white" if style.hatch else style.colour,
+                  edgecolor=style.colour, hatch=style.hatch, linewidth=0.8, alpha=0.75,
+                  label=group.label if row == 0 else None)
+        if error is not None:
+          axes.errorbar(100 * mean, y - third, xerr=100 * error, color=INK, capsize=2.5,
+                        linewidth=1.2)
+        if not corruptions:
+          axes.text(min(100 * mean + 3, 85), y, f"{100 * mean:.1f}", va="center")
+        levels = data.severities.get(corruption, {})
+        for severity, top1 in levels.items():
+          axes.plot(100 * top1, y + third, "o", color="white", markeredgecolor=INK,
+                    markersize=1.8 + 0.8 * int(severity), markeredgewidth=0.9)
+    axes.set(xlabel="top-1 (%)", xlim=(0, 100), ylim=(len(rows) - 0.5, -0.5))
+    axes.set_yticks(range(len(rows)), [row.replace("_", " ") for row in rows])
+    axes.grid(False, axis="y")
+
+  values = [f"{group.label} {row.replace('_', ' ')} {100 * mean[0]:.1f} %"
+            for group, data in found.items() for row in rows
+            if (mean := data.means.get(row) if corruptions else data.mean)]
+  title = f"Corruptions: {kind}" if corruptions else "Mean over all corruptions"
+  height = 1.05 + len(rows) * (0.14 + 0.27 * len(found))
+  return draw(name, title, f"{title}, bars of top-1: {'; '.join(values)}.", plot,
+              height=height, legend_columns=2, left=1.35)
+
+
+def _strength_section(groups: Sequence[Group]) -> Section:
+  title = "Accuracy by the strength of the attack"
+  found = {group: data for group in groups if (data := strength(group))}
+  if not found:
+    return Section(title, [], reason=(
+        "no run was attacked with several epsilons; "
+        + evaluate_command(groups[0].first, "clean,adversarial,strength")))
+
+  def plot(axes):
+    for group, data in found.items():
+      style = look(group)
+      means, errors = zip(*data.estimates, strict=True)
+      axes.errorbar(data.epsilons, [100 * mean for mean in means],
+                    yerr=[100 * (error or 0) for error in errors], color=style.colour,
+                    marker=style.marker, linestyle="--" if style.hatch else "-", capsize=2.5,
+                    label=group.label)
+    axes.set(xlabel="epsilon (of 255)", ylabel="top-1 (%)", ylim=(0, 100))
+    axes.set_xlim(left=0)
+
+  values = [f"{group.label} {100 * mean:.1f} % at {epsilon:g}" for group, data in found.items()
+            for epsilon, (mean, _) in zip(data.epsilons, data.estimates, strict=True)]
+  attacks = [each for data in found.values() for each in data.attacks]
+  caption = (
+      "Top-1 on adversarial images by the radius of the attack's ball, in steps of a pixel of 0 to "
+      "255. Each network is attacked, and classifies, through its own main batch norms. The "
+      f"attack: {listed(list(dict.fromkeys(map(attack_words, attacks))))}, whose step grows with "
+      f"epsilon, on {_images(found)}. ")
+  caption += _error_words([data.runs for data in found.values()])
+  if len(set(map(attack_words, attacks))) > 1:
+    caption += " The runs were not attacked alike, so their lines do not compare."
+  panel = draw("attack_strength", "Attack strength", f"Top-1 by epsilon: {'; '.join(values)}.",
+               plot, height=3.0, legend_columns=2)
+  return Section(title, [caption], [panel])
+
+
+def _images(found: Mapping[Group, Corrupted | Strength], what: str = "") -> str:
+  """How many images were seen, once if it is the same number everywhere."""
+  numbers = {group.label: f"{data.images:,} images{what}" for group, data in found.items()}
+  if len(set(numbers.values())) == 1:
+    return next(iter(numbers.values()))
+  return listed([f"{images} ({label})" for label, images in numbers.items()])
+
+
+def _error_words(runs: Sequence[int]) -> str:
+  words = []
+  if max(runs) > 1:
+    words.append(f"one standard error over seeds ({max(runs)} at most)")
+  if min(runs) == 1:
+    words.append("one standard error over the images where there is one run")
+  return f"Error bars: {' and '.join(words)}."
+
+
+def attack_words(attack: Mapping) -> str:
+  """An attack in a few words, also of a dictionary that knows more or fewer fields than ours."""
+  known = {field.name for field in dataclasses.fields(Attack)}
+  return str(functools.partial(Attack, **{name: value for name, value in attack.items()
+                                          if name in known})()) if attack else "not recorded"

@@ -1,0 +1,278 @@
+"""Runs the passes of benchmarks: compiled once per kind, counted image by image, kept and resumed.
+
+What the network says of each image is brought to the host, a few bytes an image; sums, means and
+standard errors are made there, in float64. So the same compiled step serves any number of sets.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import os
+import pathlib
+import time
+import zipfile
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+from flax import traverse_util
+
+from advprop_jax.benchmarks.contract import Pass, Row
+from advprop_jax.data import loader
+from advprop_jax.errors import InputError
+from advprop_jax.method.measure import NEVER, Attacker, measure_step
+from advprop_jax.runtime import parallel
+from advprop_jax.runtime.metrics import Progress
+
+BINS = 15                              # of confidence, for the calibration error
+SECONDS_BETWEEN_SAVES = 60.0
+_QUIET_SECONDS = 10.0                  # before progress is shown
+
+
+@dataclasses.dataclass
+class Answers:
+  """What the network said of the images of a pass, in their order; the first `done` are known.
+
+  Attributes:
+    top1: bool (images,), whether the label is the likeliest class.
+    top5: bool (images,), whether it is among the five likeliest.
+    loss: float32 (images,), nats.
+    confidence: float32 (images,), the probability of the likeliest class.
+    done: number of images.
+  """
+
+  top1: np.ndarray
+  top5: np.ndarray
+  loss: np.ndarray
+  confidence: np.ndarray
+  done: int = 0
+
+  @classmethod
+  def none_of(cls, images: int) -> "Answers":
+    """Of so many images, none of which is known."""
+    return cls(np.zeros(images, bool), np.zeros(images, bool), np.zeros(images, np.float32),
+               np.zeros(images, np.float32))
+
+  def add(self, said: Mapping[str, np.ndarray]) -> None:
+    """Takes what `measure_step` gave of the next batch; padding is left out."""
+    index = np.asarray(said["index"])
+    real = index >= 0
+    if not np.array_equal(np.sort(index[real]), self.done + np.arange(real.sum())):
+      raise AssertionError(f"images {index[real]} were counted where {self.done} was the next")
+    for name in ("top1", "top5", "loss", "confidence"):
+      getattr(self, name)[index[real]] = np.asarray(said[name])[real]
+    self.done += int(real.sum())
+
+
+class Measurer:
+  """Compiled evaluations of one network; the weights are arguments."""
+
+  def __init__(self, model, config: ml_collections.FrozenConfigDict):
+    """Compiles nothing yet.
+
+    Args:
+      model: with all domains.
+      config: resolved; its `eval` and `data` say how batches are made.
+    """
+    self._model, self._config = model, config
+    self._steps: dict[tuple, Callable] = {}
+
+  def answers(self, variables: Mapping[str, Any], one: Pass, name: str = "",
+              kept: pathlib.Path | None = None) -> Answers:
+    """Goes through the images of a pass, each once.
+
+    Args:
+      variables: of the model.
+      one: the pass.
+      name: of what is measured; with it, a long pass shows its progress.
+      kept: file for partial results; a pass that was interrupted goes on where it was kept.
+
+    Raises:
+      InputError: an image cannot be read, or the loss of one is not finite.
+    """
+    data, settings = self._config.data, self._config.eval
+    given = self._given(variables, one)
+    key = kept and fingerprint(one, given, data.image_size)
+    answers = (kept and read_kept(kept, key, len(one.source))) or Answers.none_of(len(one.source))
+    workers = settings.num_workers
+    if workers is None:
+      workers = data.num_workers or (one.slow_images and parallel.local_cores())
+    batches = loader.evaluation_batches(
+        one.source, batch_size=settings.batch_size, transform=one.transform,
+        process_index=jax.process_index(), process_count=jax.process_count(),
+        num_workers=workers, num_threads=data.num_threads)
+    first = -(-answers.done // settings.batch_size)
+    if answers.done < len(one.source):   # it was kept by batches of another size, perhaps
+      first = answers.done // settings.batch_size
+      answers.done = first * settings.batch_size
+    progress = _LongProgress(name, len(batches), first, settings.batch_size)
+    saved, running = time.monotonic(), []
+    for batch in batches.starting_at(first):
+      running.append(self._step(one)(given, parallel.shard(batch)))
+      # One step late, so that the next batch is made and travels while this one is computed.
+      while len(running) > (not parallel.wait_each_step()):
+        answers.add(jax.device_get(running.pop(0)))
+        progress.update(-(-answers.done // settings.batch_size))
+        if kept and time.monotonic() - saved > SECONDS_BETWEEN_SAVES:
+          write_kept(kept, key, answers)
+          saved = time.monotonic()
+    for said in jax.device_get(running):
+      answers.add(said)
+    if answers.done != len(one.source):
+      raise AssertionError(f"{answers.done} images counted, {len(one.source)} are there")
+    if kept:
+      write_kept(kept, key, answers)
+    _require_finite(answers, one)
+    return answers
+
+  def _given(self, variables, one):
+    """The first argument of the compiled step, on the devices."""
+    classes = np.ones(self._model.num_classes, bool)
+    if one.classes is not None:
+      classes[:] = False
+      classes[list(one.classes)] = True
+    given = {"variables": variables, "classes": classes}
+    if one.attack is not None:
+      given["attacked"] = one.surrogate.variables if one.surrogate else variables
+      given["strength"] = np.array([one.attack.epsilon, one.attack.step_size], np.float32)
+    return jax.device_put(given, parallel.replicated())
+
+  def _step(self, one: Pass) -> Callable:
+    """The compiled step of a pass: one for all sets, classes and strengths of a kind."""
+    attacker = None
+    if one.attack is not None:
+      attack = dataclasses.replace(one.attack, epsilon=0.0, step_size=0.0)   # are arguments
+      model = one.surrogate.model if one.surrogate else self._model
+      domain = model.domains[0] if one.surrogate else one.domain
+      attacker = Attacker(attack, model, domain, one.restarts)
+    kind = (one.domain, attacker)
+    if kind not in self._steps:
+      self._steps[kind] = parallel.pmap(functools.partial(
+          measure_step, self._model, domain=one.domain, attacker=attacker,
+          axis_name=parallel.AXIS))
+    return self._steps[kind]
+
+
+def row(one: Pass, answers: Answers) -> Row:
+  """A row of the table: the mean over the sets of a pass, each of the same weight."""
+  rows = list(rows_of_sets(one, answers).values())
+  if len(rows) == 1:
+    return rows[0]
+  names = ("top1", "top5", "loss", "ece")
+  total = {name: math.fsum(each[name] for each in rows) / len(rows) for name in names}
+  if one.same_images:                  # the sets are not independent, the images are
+    by_image = answers.top1.reshape(len(rows), -1).mean(0)
+    error = float(by_image.std(ddof=1) / math.sqrt(len(by_image))) if len(by_image) > 1 else None
+  else:
+    error = math.sqrt(math.fsum(each["standard_error"] ** 2 for each in rows)) / len(rows)
+  return {**total, "images": len(answers.top1), "standard_error": error}
+
+
+def rows_of_sets(one: Pass, answers: Answers) -> dict[str, Row]:
+  """{set: its row}."""
+  ends = np.cumsum(list(one.sets.values()))
+  return {name: _row_of(answers, slice(end - size, end))
+          for (name, size), end in zip(one.sets.items(), ends, strict=True)}
+
+
+def _row_of(answers: Answers, chosen: slice) -> Row:
+  top1, images = answers.top1[chosen], len(answers.top1[chosen])
+  share = float(top1.mean())
+  return {"top1": share, "top5": float(answers.top5[chosen].mean()),
+          "loss": float(answers.loss[chosen].mean(dtype=np.float64)),
+          "ece": calibration_error(answers.confidence[chosen], top1), "images": images,
+          "standard_error": math.sqrt(share * (1 - share) / images)}
+
+
+def calibration_error(confidence: np.ndarray, right: np.ndarray, bins: int = BINS) -> float:
+  """ECE: the mean over images of |accuracy - mean confidence| of their bin, in [0, 1].
+
+  Args:
+    confidence: (images,), in [0, 1].
+    right: bool (images,).
+    bins: of equal width, closed above.
+
+  *Source:* Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, equation 3.
+  """
+  number = np.clip(np.ceil(confidence.astype(np.float64) * bins) - 1, 0, bins - 1).astype(int)
+  gaps = np.bincount(number, right.astype(np.float64) - confidence.astype(np.float64), bins)
+  return float(np.abs(gaps).sum() / len(right))
+
+
+def fingerprint(one: Pass, given: Mapping[str, Any], image_size: int) -> str:
+  """Of all that a pass's answers hang on: weights, images and attack."""
+  digest = hashlib.blake2b(digest_size=16)
+  flat = traverse_util.flatten_dict(jax.device_get(dict(given)), sep="/")
+  for name in sorted(flat):
+    value = np.asarray(flat[name])
+    digest.update(f"{name} {value.dtype} {value.shape}".encode())
+    digest.update(np.ascontiguousarray(value).tobytes())
+  for place in (0, len(one.source) - 1):   # as a folder may be another one of the same name
+    record = one.source[place]
+    digest.update(bytes(record["image"]) + str(record["label"]).encode())
+  facts = [one.source.name, one.source.split, dict(one.sets), repr(one.transform), image_size,
+           one.domain, repr(one.attack), one.restarts, one.surrogate and one.surrogate.name]
+  digest.update(json.dumps(facts).encode())
+  return digest.hexdigest()
+
+
+def read_kept(path: pathlib.Path, key: str, images: int) -> Answers | None:
+  """What `write_kept` wrote with the same key; None where there is nothing, or nothing whole."""
+  try:
+    with np.load(path, allow_pickle=False) as file:
+      if str(file["key"]) != key or len(file["top1"]) != images:
+        return None
+      return Answers(file["top1"], file["top5"], file["loss"], file["confidence"],
+                     int(file["done"]))
+  except (OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile):
+    return None
+
+
+def write_kept(path: pathlib.Path, key: str, answers: Answers) -> None:
+  """Writes partial results in one piece: whoever is killed here leaves the file before."""
+  if jax.process_index():
+    return
+  part = path.with_name(f".{path.name}.{os.getpid()}")
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with part.open("wb") as file:
+      np.savez(file, key=key, **dataclasses.asdict(answers))
+      file.flush()
+      os.fsync(file.fileno())
+    part.replace(path)
+  except OSError as error:
+    raise InputError(f"{path} cannot be written ({error.strerror}); free some space or choose "
+                     "another --workdir") from error
+  finally:
+    part.unlink(missing_ok=True)
+
+
+def _require_finite(answers: Answers, one: Pass) -> None:
+  """Raises an InputError where a loss is no number, or a label is none of the classes."""
+  wrong = np.flatnonzero(~(answers.loss < -NEVER / 2))
+  if len(wrong):
+    what = ("is not finite: the network gives no numbers" if not np.isfinite(
+        answers.loss[wrong[0]]) else "is that of a class which the set should not have")
+    raise InputError(f"{one.source.name}: the loss of {len(wrong)} of {len(answers.loss)} images, "
+                     f"the first of them number {wrong[0]}, {what}; look at the weights and at "
+                     "the data")
+
+
+class _LongProgress:
+  """Shows the progress of a pass that has a name, once it takes long."""
+
+  def __init__(self, name: str, batches: int, first: int, images: int):
+    self._make = lambda step: Progress(batches, step, images, name=name)
+    self._name, self._start, self._bar = name, time.monotonic(), None
+    if name and first:
+      print(f"{name}: goes on after {first} of {batches} batches", flush=True)
+
+  def update(self, step: int) -> None:
+    if self._bar is None and self._name and time.monotonic() - self._start > _QUIET_SECONDS:
+      self._bar = self._make(step)
+    if self._bar is not None:
+      self._bar.update(step)

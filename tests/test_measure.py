@@ -1,0 +1,284 @@
+"""Passes are compiled once, counted image by image, and go on after an interruption."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import pytest
+
+from advprop_jax import measure as measuring
+from advprop_jax import trained
+from advprop_jax.benchmarks import adversarial, contract, mce
+from advprop_jax.benchmarks.corruptions import corrupt
+from advprop_jax.errors import InputError
+from advprop_jax.evaluate import create_subject, evaluate, measure, subject_of
+from advprop_jax.measure import Answers, Measurer, calibration_error, row, rows_of_sets
+from advprop_jax.method.loss import cross_entropy
+from advprop_jax.method.measure import measure_step
+from advprop_jax.method.step import attack_images, to_model_units
+from tests.small_run import make_config
+from tests.test_evaluate import IMAGES, distinct_variables, small_experiment
+
+
+@pytest.fixture
+def subject():
+  return subject_of(small_experiment())
+
+
+def with_settings(subject, **settings):
+  """The subject with other fields of config.eval."""
+  config = ml_collections.ConfigDict(subject.config).copy_and_resolve_references()
+  with config.unlocked():
+    config.eval.update(settings)
+  return dataclasses.replace(subject, config=ml_collections.FrozenConfigDict(config))
+
+
+def measurer_of(subject):
+  return Measurer(subject.model, subject.config)
+
+
+@functools.cache
+def clean_images():
+  experiment = small_experiment()
+  records = list(experiment.test_source)
+  return (to_model_units(np.stack([record["image"] for record in records])),
+          np.array([record["label"] for record in records]))
+
+
+def test_one_compilation_for_all_sets_and_strengths(subject, monkeypatch):
+  """Fails where another epsilon, other classes or another set of images compile the step again."""
+  traced = []
+
+  def counted(*arguments, **settings):
+    traced.append(settings["attacker"])
+    return measure_step(*arguments, **settings)
+
+  monkeypatch.setattr(measuring, "measure_step", counted)
+  subject = with_settings(subject, benchmarks="clean,adversarial,strength", strengths="0,1,4,16")
+  measurer = measurer_of(subject)
+  results = measure(subject, distinct_variables(), measurer)["results"]
+  few = dataclasses.replace(contract.test_pass(subject), classes=(0, 1))
+  answers = measurer.answers(distinct_variables(), dataclasses.replace(
+      few, source=dataclasses.replace(few.source, records=Only(few.source, (0, 1)))))
+  assert len(traced) == 2, traced                    # as they are, and attacked
+  assert np.all(answers.top5)
+  assert [name for name in results if "epsilon" in name] == [
+      f"adversarial, epsilon {epsilon}" for epsilon in (0, 1, 4, 16)]
+  top1 = [results[f"adversarial, epsilon {epsilon}"]["top1"] for epsilon in (0, 1, 4, 16)]
+  loss = [results[f"adversarial, epsilon {epsilon}"]["loss"] for epsilon in (0, 1, 4, 16)]
+  assert top1[0] == results["clean"]["top1"]
+  assert loss == sorted(loss)
+  assert loss[3] > 1.2 * loss[0]
+
+
+class Only:
+  """Records of some labels."""
+
+  def __init__(self, source, labels):
+    self.rows = [i for i in range(len(source)) if source[i]["label"] in labels]
+    self.source = source
+
+  def __len__(self):
+    return len(self.rows)
+
+  def __getitem__(self, i):
+    return self.source[self.rows[i]]
+
+
+def test_strength_scales_the_step(subject):
+  """Fails where epsilon grows and the step that should reach its border does not."""
+  attack = subject.attack
+  for epsilon in (1.0, 24.0, 48.0):
+    scaled = adversarial.scaled(attack, epsilon)
+    assert scaled.epsilon == epsilon
+    assert scaled.step_size == pytest.approx(attack.step_size * epsilon / attack.epsilon)
+    assert scaled.num_steps == attack.num_steps
+  none = dataclasses.replace(attack, epsilon=0.0)
+  assert adversarial.scaled(none, 3.0).step_size == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("text", ["", "1,,2", "1,x", "-1,2", "1,1", "inf"])
+def test_strengths_that_are_none(text):
+  with pytest.raises(InputError, match=r"config.eval.strengths=.*numbers of at least 0"):
+    evaluate(make_config({"eval.strengths": text}), "nowhere")
+
+
+def test_unknown_benchmark(tmp_path):
+  with pytest.raises(InputError, match="did you mean 'clean'"):
+    evaluate(make_config({"eval.benchmarks": "clen,adversarial"}), str(tmp_path))
+
+
+def test_restarts_take_the_strongest(subject):
+  """Fails where one restart is not the plain attack, or more of them make it weaker."""
+  weak = dataclasses.replace(subject.attack, epsilon=24.0, step_size=0.0, num_steps=0)  # noise
+  variables = distinct_variables()
+
+  def answers(restarts):
+    subject_ = dataclasses.replace(with_settings(subject, restarts=restarts), attack=weak)
+    one = adversarial.main_norms(subject_).passes[adversarial.MAIN]
+    return measurer_of(subject_).answers(variables, one)
+
+  images, labels = clean_images()
+  model = subject.model
+
+  def noisy(keys):
+    x = attack_images(model, variables, "clean", weak, images, labels, keys)
+    logits = model.apply(variables, x)
+    return np.asarray(jnp.argmax(logits, -1) == labels), np.asarray(cross_entropy(logits, labels))
+
+  keys = jnp.stack([jax.random.fold_in(jax.random.PRNGKey(0), i) for i in range(IMAGES)])
+  once, four = answers(1), answers(4)
+  right, loss = noisy(keys)
+  np.testing.assert_array_equal(once.top1, right)
+  np.testing.assert_allclose(once.loss, loss, rtol=2e-3, atol=1e-4)
+  all_right, losses = right, [loss]
+  for restart in range(1, 4):
+    right, loss = noisy(jax.vmap(lambda key, r=restart: jax.random.fold_in(key, 1000 + r))(keys))
+    all_right, losses = all_right & right, [*losses, loss]
+  np.testing.assert_array_equal(four.top1, all_right)
+  assert np.all(four.loss <= np.max(losses, 0) + 1e-3)
+  assert np.mean(four.loss) > np.mean(once.loss)
+
+
+def test_transferred(run, tmp_path, subject):
+  """Fails where the network is attacked itself, or through auxiliary batch norms of the other."""
+  _, workdir = run
+  subject = with_settings(subject, benchmarks="transfer", transfer_from=workdir)
+  subject = create_subject(subject.config, subject.model, subject.class_names, subject.open_test)
+  results = measure(subject, distinct_variables(), measurer_of(subject))["results"]
+  (name, result), = results.items()
+  assert name.startswith("adversarial, transferred from one_block of run")
+  other = trained.read_run(workdir)
+  images, labels = clean_images()
+  keys = jnp.stack([jax.random.fold_in(jax.random.PRNGKey(0), i) for i in range(IMAGES)])
+  x = jax.jit(lambda v: attack_images(other.model, v, "clean", subject.attack, images, labels, keys)
+              )(other.deployed)
+  logits = subject.model.apply(distinct_variables(), x)
+  np.testing.assert_allclose(result["loss"], np.mean(cross_entropy(logits, labels)), rtol=2e-3)
+  attacked = measure(with_settings(subject, benchmarks="adversarial"),
+                     distinct_variables(), measurer_of(subject))["results"][adversarial.MAIN]
+  assert attacked["loss"] > 1.1 * result["loss"]
+  bad = with_settings(subject, transfer_from=str(tmp_path / "none.safetensors"))
+  with pytest.raises(InputError, match=r"config\.eval\.transfer_from="):
+    create_subject(bad.config, bad.model, bad.class_names, bad.open_test)
+
+
+def test_apgd_is_at_least_as_strong_as_pgd(subject):
+  """Fails where it is not the main network that is attacked, or not within the same ball."""
+  subject = with_settings(subject, benchmarks="adversarial,apgd", apgd_steps=10)
+  results = measure(subject, distinct_variables(), measurer_of(subject))["results"]
+  pgd, apgd = results[adversarial.MAIN], results["adversarial, APGD-CE"]
+  assert apgd["top1"] <= pgd["top1"]
+  assert apgd["attack"]["epsilon"] == subject.attack.epsilon
+
+
+def test_interrupted_and_gone_on(subject, tmp_path, monkeypatch):
+  """Fails where images are counted twice or left out, or answers of other weights are taken."""
+  one, variables = contract.test_pass(subject), distinct_variables()
+  measurer, file = measurer_of(subject), tmp_path / "kept/clean.npz"
+  whole = measurer.answers(variables, one)
+  monkeypatch.setattr(measuring, "SECONDS_BETWEEN_SAVES", -1.0)
+  taken, real = [], Answers.add
+
+  def add(self, said):
+    if len(taken) == 2:
+      raise KeyboardInterrupt
+    taken.append(np.asarray(said["index"]))
+    real(self, said)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(Answers, "add", add)
+    with pytest.raises(KeyboardInterrupt):
+      measurer.answers(variables, one, "clean", file)
+  assert file.exists()
+  taken.clear()
+  with monkeypatch.context() as patch:
+    patch.setattr(Answers, "add", lambda self, said: (taken.append(np.asarray(said["index"])),
+                                                      real(self, said)))
+    again = measurer.answers(variables, one, "clean", file)
+    seen = np.concatenate(taken)
+    assert np.min(seen[seen >= 0]) == 32                      # two batches of 16 are kept
+    taken.clear()
+    assert measurer.answers(variables, one, "clean", file).done == IMAGES
+    assert not taken                                          # all are kept
+    others = jax.tree.map(lambda x: 1.1 * x, variables)
+    measurer.answers(others, one, "clean", file)
+    assert len(taken) == 3                                    # other weights: nothing is
+  for name in ("top1", "top5", "loss", "confidence"):
+    np.testing.assert_array_equal(getattr(again, name), getattr(whole, name))
+  file.write_bytes(b"not whole")
+  assert measurer.answers(variables, one, "clean", file).done == IMAGES
+
+
+def test_batches_of_another_size_go_on_too(subject, tmp_path):
+  """Fails where what was kept does not end where a batch begins."""
+  one, variables = contract.test_pass(subject), distinct_variables()
+  file = tmp_path / "clean.npz"
+  whole = measurer_of(subject).answers(variables, one)
+  key = measuring.fingerprint(one, measurer_of(subject)._given(variables, one),
+                              subject.config.data.image_size)
+  part = dataclasses.replace(whole, done=20, **{
+      name: getattr(whole, name).copy() for name in ("top1", "top5", "loss", "confidence")})
+  part.loss[20:] = 1e6
+  measuring.write_kept(file, key, part)
+  again = measurer_of(subject).answers(variables, one, "clean", file)
+  np.testing.assert_allclose(again.loss, whole.loss, rtol=1e-5)
+
+
+def test_a_network_of_no_numbers(subject):
+  variables = jax.tree.map(lambda x: x * np.nan, distinct_variables())
+  with pytest.raises(InputError, match=r"loss of 38 of 38 images.*gives no numbers"):
+    measurer_of(subject).answers(variables, contract.test_pass(subject))
+
+
+def test_corrupted_images(subject):
+  """Fails where a set is counted as another one, or the error of a mean takes the 75 sets of the
+  same images for independent."""
+  pytest.importorskip("imagecorruptions")
+  subject = with_settings(subject, benchmarks="corruptions", corrupted_images=6, num_workers=2)
+  results = measure(subject, distinct_variables(), measurer_of(subject))
+  detail, total = results["details"]["corruptions"], results["results"]["corruptions"]
+  model, by_image = subject.model, []
+  apply = jax.jit(functools.partial(model.apply, distinct_variables()))
+  source = small_experiment().test_source
+  for name, severity in mce.SETTINGS:
+    images = np.stack([corrupt(source[i]["image"], name, severity, (0, i)) for i in range(6)])
+    right = np.argmax(np.asarray(apply(to_model_units(images))), -1) == [source[i]["label"] for i in range(6)]
+    assert detail["errors"][name][severity] == pytest.approx(1 - right.mean()), (name, severity)
+    by_image.append(right)
+  means = np.mean(by_image, 0)
+  assert total["top1"] == pytest.approx(means.mean())
+  assert total["standard_error"] == pytest.approx(means.std(ddof=1) / np.sqrt(6))
+  assert total["images"] == 6 * 75
+  assert detail["mce"] is None
+
+
+def test_calibration_error():
+  """Against loops over bins; fails where an edge is in the wrong bin, or bins weigh the same."""
+  rng = np.random.default_rng(0)
+  confidence = np.concatenate([rng.uniform(0.1, 1, 500) ** 2, [0.2, 0.4, 1.0, 1.0, 1 / 15]])
+  right = rng.uniform(size=505) < confidence ** 0.5
+  expected = 0.0
+  for low in range(15):
+    inside = (confidence > low / 15) & (confidence <= (low + 1) / 15)
+    if inside.any():
+      expected += inside.mean() * abs(right[inside].mean() - confidence[inside].mean())
+  assert calibration_error(confidence, right) == pytest.approx(expected, abs=1e-12)
+  assert calibration_error(np.ones(4, np.float32), np.array([True, True, True, False])) == 0.25
+
+
+def test_sets_weigh_the_same(subject):
+  """Fails where a large set counts more, or errors of independent sets are not added in squares."""
+  source = small_experiment().test_source
+  one = dataclasses.replace(contract.test_pass(subject), source=source, sets={"a": 8, "b": 30})
+  answers = Answers(np.array([True] * 8 + [False] * 15 + [True] * 15), np.ones(38, bool),
+                    np.arange(38, dtype=np.float32), np.full(38, 0.5, np.float32), 38)
+  sets, total = rows_of_sets(one, answers), row(one, answers)
+  assert (sets["a"]["top1"], sets["b"]["top1"]) == (1.0, 0.5)
+  assert sets["b"]["loss"] == pytest.approx(np.arange(8, 38).mean())
+  assert total["top1"] == 0.75
+  assert total["standard_error"] == pytest.approx(np.sqrt(0.25 / 30) / 2)
+  assert total["images"] == 38
