@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shlex
 import time
 from collections.abc import Sequence
 
@@ -37,8 +38,9 @@ def report(config: ml_collections.ConfigDict, workdir: str) -> dict:
   runs = read_runs(workdir, config.report.runs)
   sections = make_sections(runs)
   others = ",".join(run.name for run in runs[1:])
-  command = (f"{PROGRAM} --mode=report --config=configs/quickstart.py --workdir={runs[0].name}"
-             + (f" --config.report.runs={others}" if others else ""))
+  command = (f"{PROGRAM} --mode=report --config=configs/quickstart.py "
+             f"--workdir={shlex.quote(runs[0].name)}"
+             + (f" --config.report.runs={shlex.quote(others)}" if others else ""))
   page = render(TITLE, tables.introduction(runs), sections, command)
   panels = [panel for section in sections for panel in section.panels]
   result = {"page": os.path.join(workdir, FOLDER, PAGE),
@@ -59,7 +61,9 @@ def report(config: ml_collections.ConfigDict, workdir: str) -> dict:
 def make_sections(runs: Sequence[Run]) -> list[Section]:
   """All parts of the page, in their order; of one that cannot be made, the reason."""
   groups = groups_of(runs)
-  networks = {run.name: read_network(run) for run in runs}
+  shown = {group.first.name for group in images.shown(groups)}
+  networks = {run.name: read_network(run) for group in groups for run in group.runs
+              if run.name in shown or bank.has_bank(group)}
   made = [tables.runs_section(runs), tables.results_section(groups), *tables.details(runs),
           curves.section(groups), *robustness.sections(groups), gain.section(groups),
           bank.section(groups, networks), *images.sections(groups, networks)]

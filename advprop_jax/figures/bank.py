@@ -27,7 +27,7 @@ from advprop_jax.figures.runs import Group, average
 from advprop_jax.figures.style import DASHES, INK, Panel, draw, look
 from advprop_jax.models.batch_norm import BatchNorm, statistics_collection
 from advprop_jax.models.network import Network
-from advprop_jax.runtime.config import create_network
+from advprop_jax.runtime.config import create_network, create_scheme
 from advprop_jax.trained import TrainedNetwork
 
 MEAN, VARIANCE, SCALE, BIAS = "mean", "variance", "scale", "bias"
@@ -133,12 +133,12 @@ def section(groups: Sequence[Group], networks: Mapping[str, TrainedNetwork | str
   """The figures of the banks.
 
   Args:
-    groups: those without an auxiliary domain are passed over.
+    groups: those whose networks have one domain are passed over.
     networks: {name of a run: its network, or why it cannot be read}.
   """
   title = "What the batch norms learned"
   banks, unread = {}, []
-  for group in groups:
+  for group in filter(has_bank, groups):
     found = []
     for run in group.runs:
       network = networks[run.name]
@@ -148,7 +148,7 @@ def section(groups: Sequence[Group], networks: Mapping[str, TrainedNetwork | str
         found.append(read_bank(network))
       except InputError as error:
         unread.append(f"{run.name}: {error}")
-    if found and len(found[0].domains) > 1:
+    if found:
       banks[group] = found
   if not banks:
     why = "; ".join(unread) or ("no run has auxiliary batch norms; those of schemes such as "
@@ -165,6 +165,11 @@ def section(groups: Sequence[Group], networks: Mapping[str, TrainedNetwork | str
               for domain in banks[first][0].domains[1:] for kind in UNITS
               if not banks[first][0].shared(kind)]
   return Section(title, _captions(banks, first, unread), [*kinds.values(), *scatters])
+
+
+def has_bank(group: Group) -> bool:
+  """Whether its networks have batch norms besides the main ones."""
+  return len(create_scheme(group.first.full_config).domains) > 1
 
 
 def _captions(banks, first, unread) -> list[str]:

@@ -10,7 +10,14 @@ import jax.numpy as jnp
 
 from advprop_jax import models
 from advprop_jax.figures.page import Section, evaluate_command, listed
-from advprop_jax.figures.runs import SCHEME_NAMES, Estimate, Group, average, group_accuracy
+from advprop_jax.figures.runs import (
+  SCHEME_NAMES,
+  Estimate,
+  Group,
+  average,
+  conditions,
+  group_accuracy,
+)
 from advprop_jax.figures.style import INK, Panel, draw, look
 from advprop_jax.trained import read_classes
 
@@ -79,11 +86,17 @@ def baseline_of(group: Group, groups: Sequence[Group]) -> Group | None:
 def difference(group: Group, baseline: Group, row: str) -> tuple[Estimate, int] | None:
   """Top-1 of a group less that of its baseline, fractions, and how many seeds were paired.
 
+  None where either has no such row, or not all were measured alike.
+
   Two or more common seeds: the mean of their differences and its standard error. Else the
   difference of the means, and the standard errors of both, added as those of independent numbers.
   """
   ours, theirs = ({run.facts["seed"]: run.results[row]["top1"] for run in each.runs
                    if run.results.get(row)} for each in (group, baseline))
+  measured = [conditions(run, row) for each in (group, baseline) for run in each.runs
+              if run.results.get(row)]
+  if any(each != measured[0] for each in measured):
+    return None
   common = sorted(ours.keys() & theirs.keys())
   if len(common) > 1:
     return average([ours[seed] - theirs[seed] for seed in common]), len(common)
@@ -124,7 +137,7 @@ def section(groups: Sequence[Group]) -> Section:
   if len({gain.group.network for gain in found[next(iter(found))]}) == 1:
     captions.append("There is one network: how the gain grows with size needs runs of several.")
   if "corruptions" not in found and "imagenet_c" not in found:
-    captions.append("On corrupted images not both of a pair were measured; "
+    captions.append("On corrupted images not both of a pair were measured, or not alike; "
                     + evaluate_command(groups[0].first, "clean,adversarial,corruptions") + ".")
   return Section(title, captions, panels)
 

@@ -4,6 +4,7 @@ import base64
 import dataclasses
 import html
 import re
+import shlex
 from collections.abc import Sequence
 
 from advprop_jax.figures.runs import Run
@@ -35,8 +36,8 @@ class Section:
 
 def evaluate_command(run: Run, benchmarks: str) -> str:
   """Which command would measure what is missing, as the end of a sentence."""
-  return (f"this would measure it: {PROGRAM} --mode=evaluate --config=CONFIG --workdir={run.name} "
-          f"--config.eval.benchmarks={benchmarks}")
+  return (f"this would measure it: {PROGRAM} --mode=evaluate --config=CONFIG "
+          f"--workdir={shlex.quote(run.name)} --config.eval.benchmarks={benchmarks}")
 
 
 def render(title: str, intro: Sequence[str], sections: Sequence[Section], command: str) -> str:
@@ -55,7 +56,7 @@ def render(title: str, intro: Sequence[str], sections: Sequence[Section], comman
           "</figure>" for panel in section.panels) + "</div>")
     parts.append("</section>")
   parts.append(f"<footer><p>This page again (any config will do, each run has its own):</p>"
-               f"<pre>{_flags(html.escape(command))}</pre></footer>")
+               f"<pre>{_flags(command)}</pre></footer>")
   return ("<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\">"
           '<meta name="viewport" content="width=device-width, initial-scale=1">'
           f'<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">'
@@ -95,16 +96,22 @@ def listed(words: Sequence[str]) -> str:
 
 def _with_commands(text: str) -> str:
   """Escaped; a command of this program becomes code."""
-  escaped = html.escape(text)
-  return re.sub(rf"{re.escape(PROGRAM)}( --\S*\w)*",
-                lambda found: f"<code>{_flags(found[0])}</code>", escaped)
+  plain, parts = 0, []
+  for found in re.finditer(rf"{re.escape(PROGRAM)}(?: {_FLAG})*", text):
+    parts += [html.escape(text[plain:found.start()]), f"<code>{_flags(found[0])}</code>"]
+    plain = found.end()
+  return "".join(parts) + html.escape(text[plain:])
 
 
 def _flags(command: str) -> str:
-  """A line breaks between flags, and within one only where it is wider than the page."""
-  return re.sub(r"--\S+", r"<span>\g<0></span>", command)
+  """A command in HTML: lines break between flags, within one only if it is wider than the page."""
+  words = re.split(rf" (?={_FLAG})", command)
+  return " ".join([html.escape(words[0]), *(f"<span>{html.escape(word)}</span>"
+                                            for word in words[1:])])
 
 
+# A flag of a command in a sentence, perhaps with a value in quotes; no full stop after it.
+_FLAG = r"--[\w.]+=(?:'[^']*'|\S*[^\s.;])"
 CSS = """
 :root { color-scheme: light dark; --ink: #111; --soft: #555; --line: #ccc; --paper: #fff;
   --box: #f4f4f4; --wrong: #b34700; }

@@ -1,7 +1,6 @@
 """Robustness: accuracy by corruption, and by the strength of the attack."""
 
 import dataclasses
-import functools
 from collections.abc import Mapping, Sequence
 
 from advprop_jax.figures.page import Section, evaluate_command, listed
@@ -64,18 +63,27 @@ def corrupted(group: Group, kind: str) -> Corrupted | None:
 
 @dataclasses.dataclass(frozen=True)
 class Strength:
-  """Accuracy of one group by epsilon, fractions; `runs` is how many."""
+  """Accuracy of one group by epsilon.
+
+  Attributes:
+    epsilons: rising, 0-255 units.
+    estimates: top-1 at each of them, fractions.
+    runs: how many.
+    images: of each epsilon.
+    attack: a dictionary of Attack, but for the epsilon.
+  """
 
   epsilons: list[float]
   estimates: list[Estimate]
   runs: int
   images: int
-  attacks: list[dict]
+  attack: dict
 
 
 def strength(group: Group) -> Strength | None:
-  """At the epsilons that all runs of the group with such a measurement have."""
+  """At the epsilons that all runs of the group have that were attacked as the first of them."""
   details = [run.details[STRENGTH] for run in group.runs if run.details.get(STRENGTH)]
+  details = [each for each in details if each.get("attack") == details[0].get("attack")]
   if not details:
     return None
   points = [{point["epsilon"]: point for point in each["points"]} for each in details]
@@ -84,7 +92,7 @@ def strength(group: Group) -> Strength | None:
                average([each[epsilon]["top1"] for each in points]) for epsilon in epsilons]
   images = min(point["images"] for each in points for point in each.values())
   return Strength(epsilons, estimates, len(points), images,
-                  [each.get("attack") or {} for each in details])
+                  details[0].get("attack") or {})
 
 
 def sections(groups: Sequence[Group]) -> list[Section]:
@@ -178,14 +186,14 @@ def _strength_section(groups: Sequence[Group]) -> Section:
       means, errors = zip(*data.estimates, strict=True)
       axes.errorbar(data.epsilons, [100 * mean for mean in means],
                     yerr=[100 * (error or 0) for error in errors], color=style.colour,
-                    marker=style.marker, linestyle="--" if style.hatch else "-", capsize=2.5,
+                    marker=style.marker, linestyle=style.dash, capsize=2.5,
                     label=group.label)
     axes.set(xlabel="epsilon (of 255)", ylabel="top-1 (%)", ylim=(0, 100))
     axes.set_xlim(left=0)
 
   values = [f"{group.label} {100 * mean:.1f} % at {epsilon:g}" for group, data in found.items()
             for epsilon, (mean, _) in zip(data.epsilons, data.estimates, strict=True)]
-  attacks = [each for data in found.values() for each in data.attacks]
+  attacks = [data.attack for data in found.values()]
   caption = (
       "Top-1 on adversarial images by the radius of the attack's ball, in steps of a pixel of 0 to "
       "255. Each network is attacked, and classifies, through its own main batch norms. The "
@@ -194,6 +202,9 @@ def _strength_section(groups: Sequence[Group]) -> Section:
   caption += _error_words([data.runs for data in found.values()])
   if len(set(map(attack_words, attacks))) > 1:
     caption += " The runs were not attacked alike, so their lines do not compare."
+  fewer = [f"{data.runs} of the {len(group.runs)} runs of {group.label}"
+           for group, data in found.items() if data.runs < len(group.runs)]
+  caption += f" There are {listed(fewer)} with such a measurement." if fewer else ""
   panel = draw("attack_strength", "Attack strength", f"Top-1 by epsilon: {'; '.join(values)}.",
                plot, height=3.0, legend_columns=2)
   return Section(title, [caption], [panel])
@@ -218,6 +229,7 @@ def _error_words(runs: Sequence[int]) -> str:
 
 def attack_words(attack: Mapping) -> str:
   """An attack in a few words, also of a dictionary that knows more or fewer fields than ours."""
+  if not attack:
+    return "not recorded"
   known = {field.name for field in dataclasses.fields(Attack)}
-  return str(functools.partial(Attack, **{name: value for name, value in attack.items()
-                                          if name in known})()) if attack else "not recorded"
+  return str(Attack(**{name: value for name, value in attack.items() if name in known}))

@@ -220,13 +220,27 @@ def accuracy(row: Mapping[str, Any]) -> Estimate:
   return row["top1"], error
 
 
-def group_accuracy(group: Group, row: str) -> tuple[Estimate, int] | None:
-  """Top-1 of a group, a fraction, and of how many runs; None where no run has that row.
+def attack_of(run: Run, row: str) -> Mapping[str, Any] | None:
+  """The attack behind a row; rows of older files have theirs in the summary."""
+  of_file = run.facts.get("attack") if row.startswith("adversarial") else None
+  return run.results[row].get("attack", of_file)
 
-  The standard error is that over seeds; of one run, that over its images.
+
+def conditions(run: Run, row: str) -> tuple:
+  """How a row was measured: numbers that were measured otherwise are not averaged."""
+  found = run.results[row]
+  return found.get("images"), attack_of(run, row), found.get("restarts", 1)
+
+
+def group_accuracy(group: Group, row: str) -> tuple[Estimate, int] | None:
+  """Top-1 of a group, a fraction, and of how many runs.
+
+  The standard error is that over seeds; of one run, that over its images. None where no run has
+  that row, or where runs were not measured alike.
   """
-  rows = [run.results[row] for run in group.runs if run.results.get(row)]
-  if not rows:
+  having = [run for run in group.runs if run.results.get(row)]
+  rows = [run.results[row] for run in having]
+  if not rows or any(conditions(run, row) != conditions(having[0], row) for run in having):
     return None
   return (accuracy(rows[0]) if len(rows) == 1 else average([each["top1"] for each in rows]),
           len(rows))

@@ -47,7 +47,8 @@ _SCHEMES = {
     "fast_advprop": ("#56b4e9", "P", "++++"),
 }
 _OTHER = ("#555555", "d", "oooo")       # of a scheme that is not in the list
-_MARKERS = ("", "*", "X", "h")          # of further groups of one scheme
+# Of further groups of one scheme.
+_MARKERS, _HATCHES = ("", "*", "X", "h"), ("", "||", "--", "oo")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,10 +67,10 @@ class Panel:
 
 
 def look(group: Group) -> Look:
-  """Colour by scheme; groups of one scheme differ in marker and dash."""
+  """Colour by scheme; groups of one scheme differ in marker, hatch and dash."""
   colour, marker, hatch = _SCHEMES.get(group.scheme, _OTHER)
-  return Look(colour, _MARKERS[group.place % len(_MARKERS)] or marker, hatch,
-              DASHES[group.place % len(DASHES)])
+  place = group.place % len(_MARKERS)
+  return Look(colour, _MARKERS[place] or marker, hatch + _HATCHES[place], DASHES[place])
 
 
 def draw(name: str, title: str, alt: str, plot: Callable[[Axes], None], height: float = HEIGHT,

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from advprop_jax.figures.page import Section, table
 from advprop_jax.figures.robustness import SETS, attack_words
-from advprop_jax.figures.runs import Group, Run, accuracy, group_accuracy
+from advprop_jax.figures.runs import Group, Run, accuracy, attack_of, group_accuracy
 
 DASH = "-"
 
@@ -116,10 +116,10 @@ def _conditions(name: str, run: Run) -> str:
 
 
 def _attack(name: str, run: Run) -> str:
-  """Of a row, "" for none; rows of older files have theirs in the summary."""
-  row = run.results[name]
-  attack = row.get("attack", run.facts.get("attack") if name.startswith("adversarial") else None)
-  return attack_words(attack) if attack else ""
+  """Of a row, "" for none."""
+  attack, restarts = attack_of(run, name), run.results[name].get("restarts", 1)
+  words = attack_words(attack) if attack else ""
+  return f"{words}, strongest of {restarts}" if words and restarts > 1 else words
 
 
 def _percent(value: float | None, error: float | None) -> str:

@@ -125,12 +125,10 @@ def test_panels(tmp_path, scheme, changes, panels):
 
 
 def test_without_a_bank(tmp_path):
-  """Fails where a vanilla network, or one that cannot be read, ends the report."""
-  groups = runs.groups_of(read(workdir(tmp_path / "v", "vanilla")))
-  run = groups[0].first
-  assert "no run has auxiliary" in bank.section(
-      groups, {"v": network_of(run, ("clean",))}).reason
-  assert "v: no checkpoint" in bank.section(groups, {"v": "no checkpoint"}).reason
+  """Fails where a vanilla network is read in vain, or one that cannot be read ends the report."""
+  vanilla, ours = runs.groups_of(read(workdir(tmp_path / "v", "vanilla"), workdir(tmp_path / "a")))
+  assert "no run has auxiliary" in bank.section([vanilla], {}).reason
+  assert bank.section([vanilla, ours], {"a": "no checkpoint"}).reason == "a: no checkpoint."
 
 
 def test_channels_are_spread():

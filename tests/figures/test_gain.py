@@ -38,6 +38,13 @@ def test_single_runs(tmp_path):
   assert "corruptions" in section.captions[-1]
 
 
+def test_unlike_measurements_do_not_pair(tmp_path):
+  """Fails where 200 corrupted images of one are compared with 2,000 of the other."""
+  made = groups(tmp_path, {"results": {"corruptions": row(0.5, images=200)}},
+                {"scheme": "vanilla", "results": {"corruptions": row(0.5, images=2000)}})
+  assert gain.gains(made, "corruptions") == []
+
+
 def test_only_the_same_network_and_images_pair(tmp_path):
   """Fails where AdvProp of one network is compared with vanilla of another, or on other images."""
   made = groups(tmp_path, {}, {"scheme": "vanilla", "changes": {"model.name": "resnet_tiny"}},

@@ -75,6 +75,14 @@ def test_lines_by_strength(tmp_path):
                              (pytest.approx(0.25), pytest.approx(0.05))]
 
 
+def test_seeds_that_were_attacked_otherwise(tmp_path):
+  """Fails where runs under attacks of more steps are averaged with others."""
+  (group,) = groups(tmp_path, {"seed": 0, "details": {"strength": strengths({1: 0.5})}},
+                    {"seed": 1, "details": {"strength": strengths({1: 0.1}, num_steps=9)}})
+  assert robustness.strength(group).estimates[0][0] == 0.5
+  assert "1 of the 2 runs of AdvProp" in robustness.sections([group])[-1].captions[0]
+
+
 def test_one_run_by_strength(tmp_path):
   """Fails where the error bars of a single run are lost."""
   (group,) = groups(tmp_path, {"details": {"strength": strengths({1: 0.5})}})

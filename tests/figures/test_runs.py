@@ -142,6 +142,16 @@ def test_seeds_are_averaged_and_nothing_else(tmp_path):
   assert runs.group_accuracy(groups[1], "imagenet_a") is None
 
 
+def test_what_was_measured_otherwise_is_not_averaged(tmp_path):
+  """Fails where accuracies under attacks of different strength make one mean."""
+  name = "adversarial, main BN"
+  paths = [workdir(tmp_path / f"{seed}", seed=seed, results={
+      name: row(0.5, attack={**ATTACK, "num_steps": 1 + seed})}) for seed in range(2)]
+  (group,) = runs.groups_of(read(*paths))
+  assert runs.group_accuracy(group, "clean")[1] == 2
+  assert runs.group_accuracy(group, name) is None
+
+
 def test_mean_and_standard_error():
   """Fails where the deviation is divided by n, or is given for the error of the mean."""
   assert runs.average([1.0, 2.0, 3.0]) == (2.0, pytest.approx(1 / math.sqrt(3)))
