@@ -1,8 +1,8 @@
 """Every benchmark of the paper, of published weights or of a run.
 
-  python -m advprop_jax.main --mode=evaluate --config=configs/robustness.py:b0 --workdir=DIR \
+  python -m advprop_jax.main --config=configs/robustness.py:b0 --mode=evaluate --workdir=DIR \
       --config.data.dir=IMAGENET --config.eval.dir=FOLDER_OF_THE_OTHER_SETS
-  python -m advprop_jax.main --mode=evaluate --config=configs/robustness.py:lite0,in_memory \
+  python -m advprop_jax.main --config=configs/robustness.py:lite0,in_memory --mode=evaluate \
       --workdir=DIR --config.data.dir=IMAGENET --config.model.pretrained=FILE.pth
 
 IMAGENET holds val/, as class folders or flat; FOLDER holds imagenet-c/, imagenet-a/, imagenet-r/,

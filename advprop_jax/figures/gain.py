@@ -149,7 +149,8 @@ def _error_words(seeds: Sequence[int]) -> str:
                  "most)")
   if 0 in seeds:
     words.append("where seeds are not paired, the standard errors of both sides together (over "
-                 "seeds, or over the images of a single run)")
+                 "seeds, or over the images of a single run), as if they were independent: wider "
+                 "than need be, since both see the same images")
   return f"Error bars: {'; '.join(words)}."
 
 

@@ -135,6 +135,7 @@ figure { margin: 0; }
 table { border-collapse: collapse; font-size: 15px; overflow-wrap: normal; }
 th, td { text-align: left; vertical-align: top; padding: .35rem .8rem .35rem 0;
   border-bottom: 1px solid var(--line); font-weight: 400; white-space: nowrap; }
+tbody th { white-space: normal; min-width: 8.5rem; max-width: 16rem; }
 thead th { font-weight: 600; } .numbers td, .numbers thead th + th { text-align: right;
   font-variant-numeric: tabular-nums; }
 small { display: block; font-size: 13px; color: var(--soft); }

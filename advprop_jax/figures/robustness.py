@@ -154,7 +154,7 @@ def _bars(name: str, kind: str, corruptions: Sequence[str], found: Mapping[Group
           axes.errorbar(100 * mean, y - third, xerr=100 * error, color=INK, capsize=2.5,
                         linewidth=1.2)
         if not corruptions:
-          axes.text(min(100 * mean + 3, 85), y, f"{100 * mean:.1f}", va="center")
+          axes.text(min(100 * (mean + (error or 0)) + 2, 88), y, f"{100 * mean:.1f}", va="center")
         levels = data.severities.get(corruption, {})
         for severity, top1 in levels.items():
           axes.plot(100 * top1, y + third, "o", color="white", markeredgecolor=INK,

@@ -305,7 +305,8 @@ def test_one_program_for_all_strengths_and_no_more_for_more_steps():
   assert len(traced) == 2  # once for gradients, and once to look at the images themselves
 
 
-def test_no_gradient_flows_through_the_attack():
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_no_gradient_flows_through_the_attack(norm):
   """Fails without stop_gradient: the outer gradient would go through the inner steps."""
   images, labels, keys = case(4)
 
@@ -313,7 +314,7 @@ def test_no_gradient_flows_through_the_attack():
   @functools.partial(jax.grad, argnums=(0, 1))
   def gradients(images, scale):
     return jnp.sum(apgd(lambda x: scale * network(x), labels, images, keys, epsilon=8.0,
-                        num_steps=3) ** 2)
+                        num_steps=3, norm=norm) ** 2)
 
   assert not any(np.any(gradient) for gradient in gradients(images, 1.5))
 
