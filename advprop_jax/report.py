@@ -13,7 +13,7 @@ from advprop_jax import trained
 from advprop_jax.errors import InputError
 from advprop_jax.figures import bank, curves, gain, images, robustness, tables
 from advprop_jax.figures.page import PROGRAM, Section, render
-from advprop_jax.figures.runs import Run, folders, groups_of, read_runs, without_folders
+from advprop_jax.figures.runs import Run, by_network, folders, groups_of, read_runs, without_folders
 from advprop_jax.trained import TrainedNetwork
 
 FOLDER, PAGE = "report", "index.html"
@@ -64,9 +64,14 @@ def make_sections(runs: Sequence[Run]) -> list[Section]:
   shown = {group.first.name for group in images.shown(groups)}
   networks = {run.name: read_network(run) for group in groups for run in group.runs
               if run.name in shown or bank.has_bank(group)}
-  made = [tables.runs_section(runs), tables.results_section(groups), *tables.details(runs),
-          curves.section(groups), *robustness.sections(groups), gain.section(groups),
-          bank.section(groups, networks), *images.sections(groups, networks)]
+  made = [tables.runs_section(runs), tables.results_section(groups), *tables.details(runs)]
+  kinds = by_network(groups)
+  made += [curves.section(own, network) for network, own in kinds.items()]
+  made += [section for network, own in kinds.items()
+           for section in robustness.sections(own, network)]
+  made.append(gain.section(groups))
+  made += [bank.section(own, networks, network) for network, own in kinds.items()]
+  made += images.sections(groups, networks)
   return [without_paths(section, runs) for section in made]
 
 

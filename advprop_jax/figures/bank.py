@@ -129,23 +129,25 @@ def distances(bank: Bank, domain: str) -> dict[str, np.ndarray]:
   return result
 
 
-def section(groups: Sequence[Group], networks: Mapping[str, TrainedNetwork | str]) -> Section:
+def section(groups: Sequence[Group], networks: Mapping[str, TrainedNetwork | str],
+            network: str = "") -> Section:
   """The figures of the banks.
 
   Args:
     groups: those whose networks have one domain are passed over.
     networks: {name of a run: its network, or why it cannot be read}.
+    network: of the groups, if there are several on the page.
   """
-  title = "What the batch norms learned"
+  title = f"What the batch norms learned{network and f': {network}'}"
   banks, unread = {}, []
   for group in filter(has_bank, groups):
     found = []
     for run in group.runs:
-      network = networks[run.name]
+      trained = networks[run.name]
       try:
-        if isinstance(network, str):
-          raise InputError(network)
-        found.append(read_bank(network))
+        if isinstance(trained, str):
+          raise InputError(trained)
+        found.append(read_bank(trained))
       except InputError as error:
         unread.append(f"{run.name}: {error}")
     if found:
@@ -164,7 +166,9 @@ def section(groups: Sequence[Group], networks: Mapping[str, TrainedNetwork | str
   scatters = [_scatter_panel(kind, first, banks[first][0], domain)
               for domain in banks[first][0].domains[1:] for kind in UNITS
               if not banks[first][0].shared(kind)]
-  return Section(title, _captions(banks, first, unread), [*kinds.values(), *scatters])
+  panels = [dataclasses.replace(panel, name=panel.name + (network and f"_{network}"))
+            for panel in (*kinds.values(), *scatters)]
+  return Section(title, _captions(banks, first, unread), panels)
 
 
 def has_bank(group: Group) -> bool:
@@ -202,7 +206,7 @@ def _furthest(banks: Mapping[Group, Sequence[Bank]]) -> str:
       words = [f"{kind} {value[place]:.2g} in {_name(own[0].layers[place])}"
                for kind, value in means.items() if np.isfinite(value).any()
                for place in [np.nanargmax(value)]]
-      said.append(f"{group.label}, {domain.replace('_', ' ')}: {listed(words) or 'all is shared'}")
+      said.append(f"{group.name}, {domain.replace('_', ' ')}: {listed(words) or 'all is shared'}")
   return f"Largest distances. {'; '.join(said)}."
 
 
@@ -215,10 +219,10 @@ def _distance_panel(kind: str, banks: Mapping[Group, Sequence[Bank]], top: float
       style = look(group)
       for number, domain in enumerate(own[0].domains[1:]):
         if own[0].shared(kind):
-          axes.text(0.5, 0.8 - 0.2 * len(said), f"{group.label}: shared by all domains\n"
+          axes.text(0.5, 0.8 - 0.2 * len(said), f"{group.name}: shared by all domains\n"
                     f"(model.{SHARED[kind]}=True)", transform=axes.transAxes, ha="center",
                     va="center")
-          said.append(f"{group.label}: shared by all domains")
+          said.append(f"{group.name}: shared by all domains")
           break
         values = np.array([distances(bank, domain)[kind] for bank in own])
         estimates = [average(list(column)) for column in values.T]
@@ -226,20 +230,22 @@ def _distance_panel(kind: str, banks: Mapping[Group, Sequence[Bank]], top: float
         axes.plot(places, mean, color=style.colour, marker=style.marker,
                   linestyle=DASHES[(number + group.place) % len(DASHES)],
                   markerfacecolor="white" if number else style.colour,
-                  label=f"{group.label}, {domain.replace('_', ' ')}")
+                  label=f"{group.name}, {domain.replace('_', ' ')}")
         if len(own) > 1:
           error = np.array([each for _, each in estimates])
           axes.fill_between(places, mean - error, mean + error, color=style.colour, alpha=0.18,
                             linewidth=0)
-        said.append(f"{group.label}, {domain}: from {np.nanmin(mean):.2g} to "
+        said.append(f"{group.name}, {domain}: from {np.nanmin(mean):.2g} to "
                     f"{np.nanmax(mean):.2g}, largest in layer {np.nanargmax(mean) + 1}"
-                    if np.isfinite(mean).any() else f"{group.label}, {domain}: undefined")
+                    if np.isfinite(mean).any() else f"{group.name}, {domain}: undefined")
     axes.set(xlabel="batch norm, in the order of the forward pass", ylabel=UNITS[kind])
     axes.set_xlim(left=0)
     axes.set_ylim(0, top or None)
 
   title = f"Main to auxiliary: {kind}"
-  panel = draw(f"bank_{kind}", title, "", plot, height=3.2, legend_columns=1)
+  panel = draw(f"bank_{kind}", title, "", plot, legend=[
+      f"{group.name}, {domain.replace('_', ' ')}" for group, own in banks.items()
+      for domain in own[0].domains[1:] if not own[0].shared(kind)])
   return dataclasses.replace(panel, alt=f"{title}, distance by layer. {'; '.join(said)}.")
 
 
@@ -253,7 +259,7 @@ def _scatter_panel(kind: str, group: Group, bank: Bank, domain: str) -> Panel:
       channels = spread(len(ours[place]), MOST_CHANNELS)
       x, y = ours[place][channels], theirs[place][channels]
       axes.plot(x, y, marker, color=colour, markersize=3.5, alpha=0.75, markeredgewidth=0.7,
-                markerfacecolor="none", label=f"{place + 1}: {_name(bank.layers[place])}")
+                markerfacecolor="none", label=labels[place])
       limits += [x.min(), y.min(), x.max(), y.max()]
     low, high = min(limits), max(limits)
     if kind == VARIANCE and low > 0:
@@ -263,10 +269,11 @@ def _scatter_panel(kind: str, group: Group, bank: Bank, domain: str) -> Panel:
 
   several = f"_{domain}" if len(bank.domains) > 2 else ""
   places = [place + 1 for place in _shown(bank)]
+  labels = {place: f"{place + 1}: {_name(bank.layers[place])}" for place in _shown(bank)}
   return draw(f"channels_{kind}{several}", f"Each channel: {kind}",
               f"Scatter plot, {kind} of each channel through the main (x) and the {domain} (y) "
               f"batch norm of {group.first.name}, layers {listed(list(map(str, places)))}.", plot,
-              height=3.4, legend_columns=1)
+              legend=list(labels.values()))
 
 
 def spread(number: int, most: int) -> np.ndarray:

@@ -63,16 +63,16 @@ def binned(values: Sequence[float], size: int) -> list[float]:
   return [float(np.mean(values[start:start + size])) for start in range(0, len(values), size)]
 
 
-def section(groups: Sequence[Group]) -> Section:
-  """The figures of training."""
-  title = "Training"
+def section(groups: Sequence[Group], network: str = "") -> Section:
+  """The figures of training; of the network named, if there are several."""
+  title = f"Training{network and f': {network}'}"
   metrics = {group: [read_metrics(run.folder) for run in group.runs] for group in groups}
   panels, largest = [], 1
   for name, (heading, axis, prefix, factor) in PANELS.items():
     found = [(group, each) for group in groups if (each := curves(metrics[group], prefix))]
     if found:
       largest = max([largest, *(curve.binned for _, each in found for curve in each)])
-      panels.append(_panel(name, heading, axis, factor, found))
+      panels.append(_panel(name, heading, axis, factor, found, network))
   if not panels:
     return Section(title, [], reason=f"no run has a {METRICS} with a line that is whole; it is "
                    "written by --mode=train.")
@@ -96,17 +96,19 @@ def section(groups: Sequence[Group]) -> Section:
   return Section(title, [caption], panels)
 
 
-def _panel(name, title, axis, factor, found) -> Panel:
+def _panel(name, title, axis, factor, found, network) -> Panel:
+  def words(group, curve):
+    return ", ".join(filter(None, (group.name, curve.domain.replace("_", " "))))
+
   def plot(axes):
     for place, (group, lines) in enumerate(found):
       style, behind = look(group), len(found) - 1 - place
       for number, curve in enumerate(lines):
-        label = ", ".join(filter(None, (group.label, curve.domain.replace("_", " "))))
         mean = factor * curve.mean
         every = max(len(mean) // 8, 1)
         # Where curves are equal, all can be seen: wider behind, and markers that take turns.
         axes.plot(curve.steps, mean, color=style.colour, marker=style.marker,
-                  linestyle=DASHES[(number + group.place) % len(DASHES)], label=label,
+                  linestyle=DASHES[(number + group.place) % len(DASHES)], label=words(group, curve),
                   linewidth=1.4 + 1.2 * min(behind, 3),
                   markevery=(place * every // len(found), every),
                   markerfacecolor="white" if number else style.colour)
@@ -119,8 +121,9 @@ def _panel(name, title, axis, factor, found) -> Panel:
     if factor == 1 and name != "training_loss":
       axes.set_ylim(bottom=0)
 
-  ends = "; ".join(f"{group.label}{', ' if curve.domain else ''}{curve.domain} ends at "
-                   f"{factor * curve.mean[-1]:.3g}" for group, lines in found for curve in lines)
-  return draw(name, title, f"{title}, {axis} by step: {ends}.", plot, height=3.1,
-              legend_columns=2 if sum(len(lines) for _, lines in found) > 1 else 0)
+  every = [(group, curve) for group, lines in found for curve in lines]
+  ends = "; ".join(f"{words(group, curve)} ends at {factor * curve.mean[-1]:.3g}"
+                   for group, curve in every)
+  return draw(name + (network and f"_{network}"), title, f"{title}, {axis} by step: {ends}.", plot,
+              legend=[words(*each) for each in every] if len(every) > 1 else ())
 

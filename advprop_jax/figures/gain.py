@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from matplotlib.ticker import FuncFormatter
 
 from advprop_jax import models
 from advprop_jax.figures.page import Section, evaluate_command, listed
@@ -18,13 +19,14 @@ from advprop_jax.figures.runs import (
   conditions,
   group_accuracy,
 )
-from advprop_jax.figures.style import INK, Panel, draw, look
+from advprop_jax.figures.style import GREY, INK, Panel, draw, look
 from advprop_jax.trained import read_classes
 
 BASELINE = "vanilla"
 # Row of the results -> title of the panel.
 ROWS = {"clean": "Gain on clean images", "corruptions": "Gain on corrupted images",
         "imagenet_c": "Gain on ImageNet-C"}
+DODGE = 1.08            # what is at one size is drawn so much aside, to be seen
 # Fields in which a scheme and its baseline may differ.
 SCHEME_FIELDS = ("scheme", "attack", "loss.weights", "model.share_statistics",
                  "model.share_affine", "data.second_augment")
@@ -134,6 +136,8 @@ def section(groups: Sequence[Group]) -> Section:
       "Top-1 of a scheme less that of vanilla training, in percentage points, by the number of "
       f"parameters of the deployed network: {listed(pairs)}. Above the line at 0 the scheme is "
       "ahead. " + _error_words(seeds)]
+  if len(pairs) > len({gain.group.network for gain in found[next(iter(found))]}):
+    captions.append("Schemes of one network stand side by side around its number of parameters.")
   if len({gain.group.network for gain in found[next(iter(found))]}) == 1:
     captions.append("There is one network: how the gain grows with size needs runs of several.")
   if "corruptions" not in found and "imagenet_c" not in found:
@@ -155,28 +159,35 @@ def _error_words(seeds: Sequence[int]) -> str:
 
 
 def _panel(row: str, found: Sequence[Gain]) -> Panel:
-  sizes = {gain.millions for gain in found}
+  sizes = {gain.group.network: gain.millions for gain in found}
+  rivals = {network: [gain for gain in found if gain.group.network == network]
+            for network in sizes}
+  names = {gain.group.scheme: SCHEME_NAMES.get(gain.group.scheme, gain.group.scheme)
+           for gain in found}
 
   def plot(axes):
     axes.axhline(0, color=INK, linewidth=1)
-    labelled = set()
+    waiting = dict(names)
     for gain in found:
-      style = look(gain.group)
-      label = SCHEME_NAMES.get(gain.group.scheme, gain.group.scheme)
-      axes.errorbar(gain.millions, gain.points, yerr=gain.error or 0, color=style.colour,
-                    marker=style.marker, capsize=4, markersize=6,
-                    label=None if label in labelled else label)
-      labelled.add(label)
-      axes.annotate(f"{gain.group.network}\n{gain.points:+.2f}", (gain.millions, gain.points),
-                    (8, 0), textcoords="offset points", va="center", fontsize=8.5)
-    if len(sizes) > 1:
-      axes.set_xscale("log")
+      style, others = look(gain.group), rivals[gain.group.network]
+      aside = DODGE ** (others.index(gain) - (len(others) - 1) / 2)
+      axes.errorbar(gain.millions * aside, gain.points, yerr=gain.error or 0, color=style.colour,
+                    marker=style.marker, linestyle="none", capsize=3, markersize=6,
+                    label=waiting.pop(gain.group.scheme, None))
+      if len(others) == 1:
+        axes.annotate(f"{gain.points:+.2f}", (gain.millions, gain.points), (7, 0), va="center",
+                      textcoords="offset points", fontsize=8.5)
+    for network, size in sizes.items():
+      axes.annotate(network, (size, 0), (-6, 4), xycoords=axes.get_xaxis_transform(), rotation=90,
+                    textcoords="offset points", ha="right", va="bottom", color=GREY, fontsize=8.5)
+    axes.set_xscale("log")
+    axes.set_xlim(0.5 * min(sizes.values()), 2 * max(sizes.values()))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(FuncFormatter(
+        lambda value, _: f"{value:g}" if len(sizes) == 1 else ""))
     axes.set(xlabel="parameters (millions)", ylabel="gain (percentage points)")
-    axes.margins(0.15)
-    if len(sizes) == 1:
-      axes.set_xlim(0.5 * max(sizes), 1.5 * max(sizes))
 
   said = "; ".join(f"{gain.group.label}, {gain.millions:.2f} million: {gain.points:+.2f}"
                    + (f" ± {gain.error:.2f}" if gain.error is not None else "") for gain in found)
   return draw(f"gain_{row}", ROWS[row], f"{ROWS[row]}, percentage points over vanilla: {said}.",
-              plot, height=2.9, legend_columns=2)
+              plot, legend=list(names.values()))

@@ -95,40 +95,35 @@ def strength(group: Group) -> Strength | None:
                   details[0].get("attack") or {})
 
 
-def sections(groups: Sequence[Group]) -> list[Section]:
-  """Corruptions of each network and kind, then attack strength."""
-  made = []
-  networks = list(dict.fromkeys(group.network for group in groups))
+def sections(groups: Sequence[Group], network: str = "") -> list[Section]:
+  """Each kind of corruptions, then attack strength; of the network named, if there are several."""
+  of, made = network and f" of {network}", []
   for kind, images in SETS.items():
-    for network in networks:
-      found = {group: data for group in groups if group.network == network
-               and (data := corrupted(group, kind))}
-      if found:
-        of = f" of {network}" if len(networks) > 1 else ""
-        made.append(_corruption_section(f"Robustness{of}: {images}", kind, network, found, groups))
+    found = {group: data for group in groups if (data := corrupted(group, kind))}
+    if found:
+      made.append(_corruption_section(f"Robustness{of}: {images}", kind, network, found, groups))
   if not made:
-    made.append(Section("Robustness to corruptions", [], reason=(
+    made.append(Section(f"Robustness{of} to corruptions", reason=(
         "no run has an accuracy on corrupted images; "
         + evaluate_command(groups[0].first, "clean,adversarial,corruptions"))))
-  return [*made, _strength_section(groups)]
+  return [*made, _strength_section(groups, network)]
 
 
 def _corruption_section(title, kind, network, found: Mapping[Group, Corrupted], groups) -> Section:
-  several = len({group.network for group in groups}) > 1
-  panels = [_bars(f"{kind}_{part}{f'_{network}' if several else ''}", part, names, found)
+  panels = [_bars(f"{kind}_{part}{network and f'_{network}'}", part, names, found)
             for part, names in {**KINDS, "mean": ()}.items()
             if not names or any(name in data.means for name in names for data in found.values())]
   caption = (
       "Bars: top-1 accuracy, mean over the five severities. Dots: each severity, from 1 (smallest "
       "dot) to 5 (largest). All panels have one scale. Measured through the main batch norms on "
       f"{_images(found, ' of each setting')}.")
-  seeded = [group.label for group, data in found.items() if data.runs > 1]
+  seeded = [group.name for group, data in found.items() if data.runs > 1]
   if seeded:
     caption += f" Of {listed(seeded)}: mean over seeds, error bars one standard error over seeds."
   if len(seeded) < len(found):
     caption += (" Of a single run there is an error bar on the mean alone, one standard error over "
                 "the images.")
-  lacking = [group.label for group in groups if group.network == network and group not in found]
+  lacking = [group.name for group in groups if group not in found]
   if lacking:
     caption += f" {listed(lacking)}: not measured."
   return Section(title, [caption], panels)
@@ -149,7 +144,7 @@ def _bars(name: str, kind: str, corruptions: Sequence[str], found: Mapping[Group
         y, third = row - 0.4 + (number + 0.5) * width, 0.22 * width
         axes.barh(y, 100 * mean, 0.9 * width, color="white" if style.hatch else style.colour,
                   edgecolor=style.colour, hatch=style.hatch, linewidth=0.8, alpha=0.75,
-                  label=group.label if row == 0 else None)
+                  label=group.name if row == 0 else None)
         if error is not None:
           axes.errorbar(100 * mean, y - third, xerr=100 * error, color=INK, capsize=2.5,
                         linewidth=1.2)
@@ -163,20 +158,20 @@ def _bars(name: str, kind: str, corruptions: Sequence[str], found: Mapping[Group
     axes.set_yticks(range(len(rows)), [row.replace("_", " ") for row in rows])
     axes.grid(False, axis="y")
 
-  values = [f"{group.label} {row.replace('_', ' ')} {100 * mean[0]:.1f} %"
+  values = [f"{group.name} {row.replace('_', ' ')} {100 * mean[0]:.1f} %"
             for group, data in found.items() for row in rows
             if (mean := data.means.get(row) if corruptions else data.mean)]
   title = f"Corruptions: {kind}" if corruptions else "Mean over all corruptions"
-  height = 1.05 + len(rows) * (0.14 + 0.27 * len(found))
+  height = 0.85 + len(rows) * (0.14 + 0.27 * len(found))
   return draw(name, title, f"{title}, bars of top-1: {'; '.join(values)}.", plot,
-              height=height, legend_columns=2, left=1.35)
+              height=height, legend=[group.name for group in found], left=1.35)
 
 
-def _strength_section(groups: Sequence[Group]) -> Section:
-  title = "Accuracy by the strength of the attack"
+def _strength_section(groups: Sequence[Group], network: str) -> Section:
+  title = f"Accuracy{network and f' of {network}'} by the strength of the attack"
   found = {group: data for group in groups if (data := strength(group))}
   if not found:
-    return Section(title, [], reason=(
+    return Section(title, reason=(
         "no run was attacked with several epsilons; "
         + evaluate_command(groups[0].first, "clean,adversarial,strength")))
 
@@ -187,11 +182,11 @@ def _strength_section(groups: Sequence[Group]) -> Section:
       axes.errorbar(data.epsilons, [100 * mean for mean in means],
                     yerr=[100 * (error or 0) for error in errors], color=style.colour,
                     marker=style.marker, linestyle=style.dash, capsize=2.5,
-                    label=group.label)
+                    label=group.name)
     axes.set(xlabel="epsilon (of 255)", ylabel="top-1 (%)", ylim=(0, 100))
     axes.set_xlim(left=0)
 
-  values = [f"{group.label} {100 * mean:.1f} % at {epsilon:g}" for group, data in found.items()
+  values = [f"{group.name} {100 * mean:.1f} % at {epsilon:g}" for group, data in found.items()
             for epsilon, (mean, _) in zip(data.epsilons, data.estimates, strict=True)]
   attacks = [data.attack for data in found.values()]
   caption = (
@@ -202,17 +197,18 @@ def _strength_section(groups: Sequence[Group]) -> Section:
   caption += _error_words([data.runs for data in found.values()])
   if len(set(map(attack_words, attacks))) > 1:
     caption += " The runs were not attacked alike, so their lines do not compare."
-  fewer = [f"{data.runs} of the {len(group.runs)} runs of {group.label}"
+  fewer = [f"{data.runs} of the {len(group.runs)} runs of {group.name}"
            for group, data in found.items() if data.runs < len(group.runs)]
   caption += f" There are {listed(fewer)} with such a measurement." if fewer else ""
-  panel = draw("attack_strength", "Attack strength", f"Top-1 by epsilon: {'; '.join(values)}.",
-               plot, height=3.0, legend_columns=2)
+  panel = draw(f"attack_strength{network and f'_{network}'}", "Attack strength",
+               f"Top-1 by epsilon: {'; '.join(values)}.", plot,
+               legend=[group.name for group in found])
   return Section(title, [caption], [panel])
 
 
 def _images(found: Mapping[Group, Corrupted | Strength], what: str = "") -> str:
   """How many images were seen, once if it is the same number everywhere."""
-  numbers = {group.label: f"{data.images:,} images{what}" for group, data in found.items()}
+  numbers = {group.name: f"{data.images:,} images{what}" for group, data in found.items()}
   if len(set(numbers.values())) == 1:
     return next(iter(numbers.values()))
   return listed([f"{images} ({label})" for label, images in numbers.items()])

@@ -72,11 +72,13 @@ class Group:
   """Runs of one experiment, which differ in their seed alone.
 
   Attributes:
-    label: for people, unique on the page.
+    name: for people, unique among the groups of one network.
+    label: the same, unique on the page.
     runs: at least one.
-    place: how many groups of the same scheme are before it.
+    place: how many groups of the same scheme and network are before it.
   """
 
+  name: str
   label: str
   runs: tuple[Run, ...]
   place: int = 0
@@ -196,13 +198,25 @@ def groups_of(runs: Sequence[Run]) -> list[Group]:
     twins = [other for other, theirs in zip(experiments, members, strict=True)
              if theirs[0].facts["scheme"] == facts["scheme"]
              and theirs[0].facts["network"] == facts["network"]]
-    label = [SCHEME_NAMES.get(facts["scheme"], facts["scheme"])]
-    label += [facts["network"]] if len(networks) > 1 else []
-    label += [f"{path.removeprefix('data.')} {mine[path]}" for path in mine
-              if any(twin.get(path) != mine[path] for twin in twins)]
-    place = sum(group.scheme == facts["scheme"] for group in groups)
-    groups.append(Group(", ".join(label), tuple(own), place))
+    scheme = [SCHEME_NAMES.get(facts["scheme"], facts["scheme"])]
+    network = [facts["network"]] if len(networks) > 1 else []
+    special = [f"{path} {mine[path]}" for path in mine
+               if any(twin.get(path) != mine[path] for twin in twins)]
+    place = sum((group.scheme, group.network) == (facts["scheme"], facts["network"])
+                for group in groups)
+    groups.append(Group(", ".join(scheme + special), ", ".join(scheme + network + special),
+                        tuple(own), place))
   return groups
+
+
+def by_network(groups: Sequence[Group]) -> dict[str, list[Group]]:
+  """{network: its groups}; what differs in the network is not drawn in one figure.
+
+  The key is "" where there is one network, which then need not be named.
+  """
+  networks = list(dict.fromkeys(group.network for group in groups))
+  return {network if len(networks) > 1 else "": [
+      group for group in groups if group.network == network] for network in networks}
 
 
 def average(values: Sequence[float]) -> Estimate:

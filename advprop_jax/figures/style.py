@@ -5,7 +5,8 @@ Figures are small panels, drawn for 380 CSS pixels and 2.5 times as sharp, on wh
 
 import dataclasses
 import io
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Sequence
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -16,6 +17,7 @@ from advprop_jax.figures.runs import Group
 WIDTH, HEIGHT, DPI = 3.8, 2.7, 250      # inches; 100 CSS pixels to the inch
 INK, GREY = "#111111", "#555555"
 WRONG = "#d55e00"                       # vermilion, which no scheme has
+SHORT, WRAP = 26, 46                    # letters: of a label in two columns, of a line in one
 DASHES = ("-", "--", "-.", ":")
 RC = {
     "font.family": "DejaVu Sans", "font.size": 9.0, "axes.titlesize": 9.5, "axes.labelsize": 9.0,
@@ -48,7 +50,8 @@ _SCHEMES = {
 }
 _OTHER = ("#555555", "d", "oooo")       # of a scheme that is not in the list
 # Of further groups of one scheme.
-_MARKERS, _HATCHES = ("", "*", "X", "h"), ("", "||", "--", "oo")
+_MARKERS = ("", "*", "X", "h", "<", ">")
+_HATCHES = ("", "||", "--", "oo", "\\\\", "**")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +77,7 @@ def look(group: Group) -> Look:
 
 
 def draw(name: str, title: str, alt: str, plot: Callable[[Axes], None], height: float = HEIGHT,
-         legend_columns: int = 0, left: float | None = None) -> Panel:
+         legend: Sequence[str] = (), left: float | None = None) -> Panel:
   """Draws one panel.
 
   Args:
@@ -83,22 +86,27 @@ def draw(name: str, title: str, alt: str, plot: Callable[[Axes], None], height: 
     alt: for those who do not see it.
     plot: draws into the axes, and names them.
     height: in inches.
-    legend_columns: of a legend below the axes; 0: without.
+    legend: the labels that `plot` gives, for a legend below the axes; it adds to the height.
     left: inches to the left of the axes, for panels whose axes are to be equally wide; None: as
       many as needed.
   """
+  columns = 1 if max(map(len, legend), default=0) > SHORT else 2
+  words = {label: textwrap.fill(label, WRAP) for label in legend}
+  lines = sum(1 + text.count("\n") for text in words.values())
+  below = 0.2 * (lines if columns == 1 else -(-lines // columns))
+  height += below
   with matplotlib.rc_context(RC):
     figure = Figure(figsize=(WIDTH, height), layout="constrained" if left is None else None)
     axes = figure.subplots()
     if left is not None:
       figure.subplots_adjust(left=left / WIDTH, right=1 - 0.12 / WIDTH, top=1 - 0.28 / height,
-                             bottom=0.75 / height)
+                             bottom=(0.55 + below) / height)
     plot(axes)
     axes.set_title(title)
     handles, labels = axes.get_legend_handles_labels()
-    if legend_columns and handles:
+    if legend and handles:
       where = "lower center" if left is not None else "outside lower center"
-      figure.legend(handles, labels, loc=where, ncols=legend_columns,
+      figure.legend(handles, [words[label] for label in labels], loc=where, ncols=columns,
                     handlelength=2.6, columnspacing=1.2, borderaxespad=0.1)
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=DPI, metadata={"Software": None})

@@ -112,7 +112,8 @@ def test_networks_have_bars_of_their_own(tmp_path):
   details = {"corruptions": corruptions()}
   made = groups(tmp_path, {"details": details},
                 {"details": details, "changes": {"model.name": "efficientnet_tiny"}})
-  first, second, _ = robustness.sections(made)
+  (first, _), (second, _) = (robustness.sections(own, network)
+                             for network, own in runs.by_network(made).items())
   assert "one_block" in first.title
   assert "efficientnet_tiny" in second.title
   assert not {panel.name for panel in first.panels} & {panel.name for panel in second.panels}
