@@ -109,7 +109,7 @@ def _panel(name, title, axis, factor, found, network) -> Panel:
         # Where curves are equal, all can be seen: wider behind, and markers that take turns.
         axes.plot(curve.steps, mean, color=style.colour, marker=style.marker,
                   linestyle=DASHES[(number + group.place) % len(DASHES)], label=words(group, curve),
-                  linewidth=1.4 + 1.2 * min(behind, 3),
+                  linewidth=1.4 + min(behind, 2),
                   markevery=(place * every // len(found), every),
                   markerfacecolor="white" if number else style.colour)
         if curve.error is not None:

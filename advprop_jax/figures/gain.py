@@ -26,7 +26,7 @@ BASELINE = "vanilla"
 # Row of the results -> title of the panel.
 ROWS = {"clean": "Gain on clean images", "corruptions": "Gain on corrupted images",
         "imagenet_c": "Gain on ImageNet-C"}
-DODGE = 1.08            # what is at one size is drawn so much aside, to be seen
+DODGE = 1.12            # what is at one size is drawn so much aside, to be seen
 # Fields in which a scheme and its baseline may differ.
 SCHEME_FIELDS = ("scheme", "attack", "loss.weights", "model.share_statistics",
                  "model.share_affine", "data.second_augment")
@@ -179,7 +179,8 @@ def _panel(row: str, found: Sequence[Gain]) -> Panel:
                       textcoords="offset points", fontsize=8.5)
     for network, size in sizes.items():
       axes.annotate(network, (size, 0), (-6, 4), xycoords=axes.get_xaxis_transform(), rotation=90,
-                    textcoords="offset points", ha="right", va="bottom", color=GREY, fontsize=8.5)
+                    textcoords="offset points", ha="right", va="bottom", color=GREY, fontsize=8.5,
+                    bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5})
     axes.set_xscale("log")
     axes.set_xlim(0.5 * min(sizes.values()), 2 * max(sizes.values()))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

@@ -152,6 +152,21 @@ def test_what_was_measured_otherwise_is_not_averaged(tmp_path):
   assert runs.group_accuracy(group, name) is None
 
 
+def test_networks_are_drawn_apart(tmp_path):
+  """Fails where figures of several networks share a name, or a single one is named in vain."""
+  paths = [workdir(tmp_path / name, scheme, changes={"model.name": name.split("-")[0]})
+           for scheme, name in (("advprop", "one_block"), ("advprop", "resnet_tiny"),
+                                ("vanilla", "one_block-"))]
+  groups = runs.groups_of(read(*paths))
+  assert [group.label for group in groups] == ["AdvProp, one_block", "AdvProp, resnet_tiny",
+                                               "vanilla, one_block"]
+  apart = runs.by_network(groups)
+  assert {network: [(group.name, group.place) for group in own]
+          for network, own in apart.items()} == {
+              "one_block": [("AdvProp", 0), ("vanilla", 0)], "resnet_tiny": [("AdvProp", 0)]}
+  assert list(runs.by_network(groups[:1])) == [""]
+
+
 def test_mean_and_standard_error():
   """Fails where the deviation is divided by n, or is given for the error of the mean."""
   assert runs.average([1.0, 2.0, 3.0]) == (2.0, pytest.approx(1 / math.sqrt(3)))
