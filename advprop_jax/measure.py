@@ -11,6 +11,7 @@ import json
 import math
 import os
 import pathlib
+import pickle
 import time
 import zipfile
 from collections.abc import Callable, Mapping
@@ -214,9 +215,10 @@ def fingerprint(one: Pass, given: Mapping[str, Any], image_size: int) -> str:
   for place in (0, len(one.source) - 1):   # as a folder may be another one of the same name
     record = one.source[place]
     digest.update(bytes(record["image"]) + str(record["label"]).encode())
-  facts = [one.source.name, one.source.split, dict(one.sets), repr(one.transform), image_size,
+  facts = [one.source.name, one.source.split, dict(one.sets), image_size,
            one.domain, repr(one.attack), one.restarts, one.surrogate and one.surrogate.name]
-  digest.update(json.dumps(facts).encode())
+  # Pickled, as the representation of a function has its address.
+  digest.update(json.dumps(facts).encode() + pickle.dumps(one.transform))
   return digest.hexdigest()
 
 

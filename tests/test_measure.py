@@ -2,6 +2,9 @@
 
 import dataclasses
 import functools
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +22,7 @@ from advprop_jax.measure import Answers, Measurer, calibration_error, row, rows_
 from advprop_jax.method.loss import cross_entropy
 from advprop_jax.method.measure import measure_step
 from advprop_jax.method.step import attack_images, to_model_units
+from tests.conftest import ROOT
 from tests.small_run import make_config
 from tests.test_evaluate import IMAGES, distinct_variables, small_experiment
 
@@ -213,6 +217,25 @@ def test_interrupted_and_gone_on(subject, tmp_path, monkeypatch):
   assert measurer.answers(variables, one, "clean", file).done == IMAGES
 
 
+KEY = """
+from advprop_jax import measure
+from advprop_jax.benchmarks.contract import test_pass
+from tests.test_measure import measurer_of, distinct_variables, small_experiment, subject_of
+subject = subject_of(small_experiment())
+one = test_pass(subject)
+print(measure.fingerprint(one, measurer_of(subject)._given({"x": 1.0}, one), 28))
+"""
+
+
+def test_another_process_finds_what_was_kept():
+  """Fails where the key of kept answers has an address or a random hash in it."""
+  keys = [subprocess.run([sys.executable, "-c", KEY], cwd=ROOT, capture_output=True, text=True,
+                         check=True, env={**os.environ, "PYTHONHASHSEED": seed}).stdout
+          for seed in "12"]
+  assert len(keys[0].strip()) == 32
+  assert keys[0] == keys[1]
+
+
 def test_batches_of_another_size_go_on_too(subject, tmp_path):
   """Fails where what was kept does not end where a batch begins."""
   one, variables = contract.test_pass(subject), distinct_variables()
@@ -244,9 +267,10 @@ def test_corrupted_images(subject):
   model, by_image = subject.model, []
   apply = jax.jit(functools.partial(model.apply, distinct_variables()))
   source = small_experiment().test_source
+  labels = np.array([source[i]["label"] for i in range(6)])
   for name, severity in mce.SETTINGS:
     images = np.stack([corrupt(source[i]["image"], name, severity, (0, i)) for i in range(6)])
-    right = np.argmax(np.asarray(apply(to_model_units(images))), -1) == [source[i]["label"] for i in range(6)]
+    right = np.argmax(apply(to_model_units(images)), -1) == labels
     assert detail["errors"][name][severity] == pytest.approx(1 - right.mean()), (name, severity)
     by_image.append(right)
   means = np.mean(by_image, 0)

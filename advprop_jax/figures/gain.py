@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from matplotlib.ticker import FuncFormatter
 
 from advprop_jax import models
+from advprop_jax.errors import InputError
 from advprop_jax.figures.page import Section, evaluate_command, listed
 from advprop_jax.figures.runs import (
   SCHEME_NAMES,
@@ -120,7 +121,10 @@ def parameters(group: Group) -> int:
 def section(groups: Sequence[Group]) -> Section:
   """The figures of network size and gain."""
   title = "Gain over vanilla training, by network size"
-  found = {row: each for row in ROWS if (each := gains(groups, row))}
+  try:
+    found = {row: each for row in ROWS if (each := gains(groups, row))}
+  except InputError as error:
+    return Section(title, reason=f"{error}.")
   if not found:
     first = groups[0].first
     other = "advprop" if groups[0].scheme == BASELINE else BASELINE

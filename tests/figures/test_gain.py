@@ -45,6 +45,13 @@ def test_unlike_measurements_do_not_pair(tmp_path):
   assert gain.gains(made, "corruptions") == []
 
 
+def test_a_network_whose_size_is_not_known(tmp_path):
+  """Fails where one file that is missing takes the whole report with it."""
+  made = groups(tmp_path, {}, {"scheme": "vanilla"})
+  (tmp_path / "0" / "classes.json").unlink()
+  assert "classes.json is missing" in gain.section(made).reason
+
+
 def test_only_the_same_network_and_images_pair(tmp_path):
   """Fails where AdvProp of one network is compared with vanilla of another, or on other images."""
   made = groups(tmp_path, {}, {"scheme": "vanilla", "changes": {"model.name": "resnet_tiny"}},
