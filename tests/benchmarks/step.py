@@ -32,6 +32,7 @@ from advprop_jax.runtime.memory import keep_freed_memory
 _NETWORK = flags.DEFINE_string("network", "efficientnet_tiny", "a name of models.NAMES")
 _SIZE = flags.DEFINE_integer("size", 28, "height and width, pixels")
 _BATCH = flags.DEFINE_integer("batch", 128, "images of a mini-batch; a multiple of 5 for fast")
+_CLASSES = flags.DEFINE_integer("classes", 1000, "number of logits")
 _DTYPE = flags.DEFINE_string("dtype", "float32", "compute type")
 _REPEATS = flags.DEFINE_integer("repeats", 7, "rounds")
 _CASES = flags.DEFINE_list("cases", ["vanilla", "pgd1", "pgd1-one", "pgd5"],
@@ -54,8 +55,8 @@ def create(case: str):
   """A function that runs one step, and what its compiler knows: seconds, memory."""
   scheme = SCHEMES[{"vanilla": "vanilla", "fast": "fast_advprop"}.get(case, "advprop")]
   steps, _, one = (1, "", "") if case in ("vanilla", "fast") else case[3:].partition("-")
-  model = models.create_model(_NETWORK.value, 10, scheme.domains, dtype=_DTYPE.value,
-                              axis_name=parallel.AXIS)
+  model = models.create_model(_NETWORK.value, _CLASSES.value, scheme.domains, dtype=_DTYPE.value,
+                              axis_name=parallel.AXIS, dropout_rate=0.0, drop_path_rate=0.0)
   optimizer = create_optimizer("rmsprop", lambda step: 1e-4, 1e-5, momentum=0.9, rms_decay=0.9,
                                epsilon=1e-3)
   method = Method(model, scheme, Attack(num_steps=int(steps)), optimizer)
@@ -65,7 +66,7 @@ def create(case: str):
   rng = np.random.default_rng(0)
   batch = parallel.shard({
       "image": rng.integers(0, 256, (_BATCH.value, _SIZE.value, _SIZE.value, 3), np.uint8),
-      "label": rng.integers(0, 10, _BATCH.value).astype(np.int32)})
+      "label": rng.integers(0, _CLASSES.value, _BATCH.value).astype(np.int32)})
 
   start = time.perf_counter()
   step = parallel.pmap(functools.partial(train_step, method), donate_state=True).lower(
