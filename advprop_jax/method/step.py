@@ -1,4 +1,4 @@
-"""The train step and the evaluation step: pure functions, per device, collectives by axis name.
+"""The train step: a pure function, per device, collectives by axis name.
 
     state, metrics = train_step(method, state, batch)
 
@@ -266,32 +266,6 @@ def update(method: Method, state: TrainState, gradients: dict, batch_stats: dict
   ema = update_ema(state.ema, {"params": params, **batch_stats}, state.step, method.ema_decay)
   return state.replace(step=state.step + 1, params=params, batch_stats=batch_stats, ema=ema,
                        opt_state=opt_state)
-
-
-def eval_step(method: Method, variables: dict, batch: dict, *, domain: str,
-              attack: Attack | None = None) -> dict:
-  """Sums over the images of one batch, of all devices.
-
-  Args:
-    method: model and axis.
-    variables: of the model.
-    batch: this device's part: {"image": (n, h, w, 3) uint8, "label": (n,), "mask": (n,), 0 for
-      padding, "index": (n,), the place of each image in the data set}.
-    domain: whose batch norms classify, and are attacked.
-    attack: None for the images as they are. Its random draws depend on the index alone.
-
-  Returns:
-    {"count", "correct", "loss"}: float32 sums; the loss is without label smoothing, in nats.
-  """
-  images, labels, mask = to_model_units(batch["image"]), batch["label"], batch["mask"]
-  if attack is not None:
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.PRNGKey(0), batch["index"])
-    images = attack_images(method.model, variables, domain, attack, images, labels, keys)
-  logits = method.model.apply(variables, images, domains=(domain,))
-  correct = jnp.argmax(logits, axis=-1) == labels
-  sums = {"count": jnp.sum(mask), "correct": jnp.sum(mask * correct),
-          "loss": jnp.sum(mask * cross_entropy(logits, labels))}
-  return sums if method.axis_name is None else jax.lax.psum(sums, method.axis_name)
 
 
 def step_metrics(loss: jax.Array, losses: dict, starts: dict, logits: dict, parts: dict) -> dict:

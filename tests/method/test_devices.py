@@ -15,7 +15,8 @@ from jax.flatten_util import ravel_pytree
 from advprop_jax.method.attack import Attack
 from advprop_jax.method.schemes import SCHEMES
 from advprop_jax.method.state import create_train_state
-from advprop_jax.method.step import Method, eval_step, train_step
+from advprop_jax.method.measure import Attacker, measure_step
+from advprop_jax.method.step import Method, train_step
 from advprop_jax.runtime import parallel
 from tests import one_block
 
@@ -37,14 +38,18 @@ def run(devices, group_size, rates, name="advprop", n=8):
   pmap = functools.partial(parallel.pmap, devices=jax.devices()[:devices])
   new_state, metrics = pmap(functools.partial(train_step, method))(state, sharded)
   shape = sharded["label"].shape
-  sums = pmap(functools.partial(eval_step, method, domain="clean", attack=Attack(num_steps=1)))(
-      new_state.variables, {**sharded, "mask": np.ones(shape, bool),
-                            "index": np.arange(n, dtype=np.int32).reshape(shape)})
+  said = pmap(functools.partial(
+      measure_step, model, domain="clean", attacker=Attacker(Attack(num_steps=1), model, "clean"),
+      axis_name=parallel.AXIS))(
+      {"variables": new_state.variables, "attacked": new_state.variables,
+       "classes": np.ones(10, bool), "strength": np.array([4, 1], np.float32)},
+      {**sharded, "mask": np.ones(shape, bool),
+       "index": np.arange(n, dtype=np.int32).reshape(shape)})
   flat = lambda tree: np.asarray(ravel_pytree(jax.tree.map(np.asarray, tree))[0]).tolist()
   gradient = jax.tree.map(lambda a, b: (a - b) / 0.1, state.params, new_state.params)
   return {"gradient": flat(gradient), "stats": flat(new_state.batch_stats),
           "metrics": {k: float(v) for k, v in metrics.items()},
-          "sums": {k: float(v) for k, v in sums.items()}}
+          "said": np.concatenate([np.asarray(said[k], float) for k in sorted(said)]).tolist()}
 
 print(json.dumps({
     "synced": [run(n, n, 0.0) for n in (1, 2, 4)],
@@ -71,10 +76,10 @@ def close(a, b, part):
   return np.allclose(*values, rtol=2e-3, atol=2e-5)
 
 
-@pytest.mark.parametrize("part", ["gradient", "stats", "metrics", "sums"])
+@pytest.mark.parametrize("part", ["gradient", "stats", "metrics", "said"])
 @pytest.mark.parametrize("run", ["synced", "dropout", "joint", "fine_grained", "fast_advprop"])
 def test_the_number_of_devices_changes_nothing(results, run, part):
-  """With statistics over all replicas: attack, dropout, gradients, statistics and sums.
+  """With statistics over all replicas: attack, dropout, gradients, statistics and evaluation.
 
   Fails where gradients are summed or left per device, where statistics are those of one replica,
   or where noise, targets or dropout masks depend on the device.

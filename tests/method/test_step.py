@@ -16,7 +16,6 @@ from advprop_jax.method.state import create_train_state
 from advprop_jax.method.step import (
   Method,
   attack_images,
-  eval_step,
   forward,
   passes,
   to_model_units,
@@ -204,31 +203,6 @@ def test_dropping_the_auxiliary_bns_changes_no_bit(advprop):
       jax.eval_shape(deployed.init, jax.random.PRNGKey(0), images))
   np.testing.assert_array_equal(jax.jit(deployed.apply)(dropped, images),
                                 jax.jit(method.model.apply)(state.variables, images))
-
-
-def test_evaluation_counts_masked_images_never(advprop):
-  """Fails where padding is counted, as an image, as one that is right, or with its loss."""
-  method, state, batch = advprop
-  batch = {**make_batch(12), "index": np.arange(12, dtype=np.int32),
-           "mask": np.arange(12) < 9}
-  logits = jax.jit(method.model.apply)(state.variables, to_model_units(batch["image"]))
-  batch["label"][9:] = np.argmax(logits, axis=-1)[9:]   # the network would be right there
-  step = jax.jit(functools.partial(eval_step, method, domain="clean"))
-  sums = step(state.variables, batch)
-  short = step(state.variables, {name: value[:9] for name, value in batch.items()})
-  assert float(sums["count"]) == 9
-  assert_close(sums, short)
-
-
-def test_adversarial_evaluation_depends_on_the_place_in_the_data_alone(advprop):
-  """The same image is attacked from the same start in any batch."""
-  method, state, batch = advprop
-  batch = {**make_batch(8), "index": np.arange(8, dtype=np.int32), "mask": np.ones(8, bool)}
-  step = jax.jit(functools.partial(eval_step, method, domain="clean",
-                                   attack=Attack(epsilon=8.0, num_steps=3)))
-  halves = [step(state.variables, {name: value[i:i + 4] for name, value in batch.items()})
-            for i in (0, 4)]
-  assert_close(step(state.variables, batch), jax.tree.map(jnp.add, *halves))
 
 
 def test_a_step_has_new_noise_and_the_same_step_the_same(advprop):
