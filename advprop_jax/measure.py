@@ -95,17 +95,10 @@ class Measurer:
     Raises:
       InputError: an image cannot be read, or the loss of one is not finite.
     """
-    data, settings = self._config.data, self._config.eval
-    given = self._given(variables, one)
-    key = kept and fingerprint(one, given, data.image_size)
+    settings, given = self._config.eval, self._given(variables, one)
+    key = kept and fingerprint(one, given, self._config.data.image_size)
     answers = (kept and read_kept(kept, key, len(one.source))) or Answers.none_of(len(one.source))
-    workers = settings.num_workers
-    if workers is None:
-      workers = data.num_workers or (one.slow_images and parallel.local_cores())
-    batches = loader.evaluation_batches(
-        one.source, batch_size=settings.batch_size, transform=one.transform,
-        process_index=jax.process_index(), process_count=jax.process_count(),
-        num_workers=workers, num_threads=data.num_threads)
+    batches = self.batches(one)
     first = -(-answers.done // settings.batch_size)
     if answers.done < len(one.source):   # it was kept by batches of another size, perhaps
       first = answers.done // settings.batch_size
@@ -129,6 +122,16 @@ class Measurer:
       write_kept(kept, key, answers)
     _require_finite(answers, one)
     return answers
+
+  def batches(self, one: Pass) -> loader.EvaluationBatches:
+    """The images of a pass, as the config says how they are made."""
+    data, workers = self._config.data, self._config.eval.num_workers
+    if workers is None:
+      workers = data.num_workers or (one.slow_images and parallel.local_cores())
+    return loader.evaluation_batches(
+        one.source, batch_size=self._config.eval.batch_size, transform=one.transform,
+        process_index=jax.process_index(), process_count=jax.process_count(),
+        num_workers=workers, num_threads=data.num_threads)
 
   def _given(self, variables, one):
     """The first argument of the compiled step, on the devices."""

@@ -10,8 +10,12 @@ import numpy as np
 import optax
 import pytest
 
-from advprop_jax.evaluate import AUXILIARY, CLEAN, MAIN, create_evaluators
+from advprop_jax.benchmarks.adversarial import AUXILIARY, MAIN
+from advprop_jax.benchmarks.clean import CLEAN
+from advprop_jax.benchmarks.contract import test_pass as whole_pass
+from advprop_jax.evaluate import open_benchmarks, subject_of
 from advprop_jax.experiment import create_experiment, fresh_state
+from advprop_jax.measure import Measurer
 from advprop_jax.method.attack import Attack
 from advprop_jax.method.optimizer import SCHEDULES, create_optimizer
 from advprop_jax.models import efficientnet
@@ -19,6 +23,17 @@ from advprop_jax.runtime.config import FIELDS, default_config
 from tests import one_block
 
 STEPS_PER_EPOCH = 5
+
+
+def eval_batches(experiment):
+  """The batches of clean test images."""
+  measurer = Measurer(experiment.method.model, experiment.config)
+  return measurer.batches(whole_pass(subject_of(experiment)))
+
+
+def benchmarks(experiment):
+  """{name: benchmark} of those that can be measured."""
+  return open_benchmarks(subject_of(experiment))[0]
 
 
 @pytest.fixture(autouse=True)
@@ -118,9 +133,16 @@ LANDS = {
     "train.steps": (11, lambda e: e.total_steps, 11, {}),
     "train.accumulation": (5, lambda e: e.method.accumulation, 5, {}),
     "train.ema_decay": (0.995, lambda e: e.method.ema_decay, 0.995, {}),
-    "eval.batch_size": (24, lambda e: [evaluator.batches.blocks._batch_size
-                                       for evaluator in create_evaluators(e).values()],
-                        [24, 24, 24], {}),
+    "eval.batch_size": (24, lambda e: eval_batches(e).blocks._batch_size, 24, {}),
+    "eval.num_workers": (3, lambda e: eval_batches(e).num_workers, 3, {}),
+    "eval.benchmarks": ("strength,clean", lambda e: list(benchmarks(e)), ["clean", "strength"], {}),
+    "eval.restarts": (3, lambda e: benchmarks(e)["adversarial"].passes[MAIN].restarts, 3, {}),
+    "eval.strengths": ("1,3", lambda e: [
+        one.attack.epsilon for one in benchmarks(e)["strength"].passes.values()], [1.0, 3.0],
+                       {"eval.benchmarks": "strength"}),
+    "eval.apgd_steps": (7, lambda e: [
+        one.attack.num_steps for one in benchmarks(e)["apgd"].passes.values()], [7],
+                        {"eval.benchmarks": "apgd"}),
     "eval.every_epochs": (3.0, lambda e: e.every("eval"), 15, {}),
     "eval.every_steps": (9, lambda e: e.every("eval"), 9, {}),
     "eval.attack": ("ifgsm", eval_start, ("ifgsm", 1.0), {}),
@@ -277,8 +299,8 @@ def test_the_evaluation_can_have_another_attacker(name, fixed):
 def test_the_evaluators_have_the_attack_of_the_evaluation():
   """Fails where clean images are attacked, or the attack is the training's."""
   experiment = make_experiment({**TRICKS, **STRENGTH})
-  attacks = {name: evaluator.step.__wrapped__.keywords["attack"]
-             for name, evaluator in create_evaluators(experiment).items()}
+  attacks = {name: one.attack for benchmark in benchmarks(experiment).values()
+             for name, one in benchmark.passes.items()}
   assert attacks == {CLEAN: None, MAIN: experiment.eval_attack, AUXILIARY: experiment.eval_attack}
 
 
