@@ -7,8 +7,8 @@ import os
 import pathlib
 import shutil
 import time
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
 
 import jax
 import ml_collections
@@ -29,8 +29,9 @@ from advprop_jax.experiment import (
 from advprop_jax.figures.sheet import adversarial_picture
 from advprop_jax.measure import Measurer, row, rows_of_sets
 from advprop_jax.method.schemes import Scheme
+from advprop_jax.models.network import Network
 from advprop_jax.results import results_csv, results_table
-from advprop_jax.runtime.config import create_network, create_scheme, names_in
+from advprop_jax.runtime.config import names_in
 from advprop_jax.runtime.metrics import write_json, write_text
 from advprop_jax.runtime.workdir import EVALUATED, make_workdir
 
@@ -59,13 +60,14 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict:
   network = open_network(config, workdir, EVALUATED)
   make_workdir(workdir)
   config = resolve(config, workdir)
-  if network.config is None:           # published: without batch norms for other domains
-    model, variables = network.model, network.deployed
-  else:
-    model, variables = create_network(config, network.num_classes), network.variables
+  model, variables = network.whole
   subject = create_subject(config, model, network.class_names,
-                           functools.partial(open_test_images, config, network))
-  return conclude(subject, variables, network.step or 0, workdir, Measurer(model, config))
+                           functools.partial(open_test_images, config, network), network.scheme)
+  trained_by = network.config or {"scheme": None, "seed": None}
+  weights = {"scheme": trained_by["scheme"], "seed": trained_by["seed"],
+             "step": network.step or 0,
+             "weights": network.kind if trained.has_begun(workdir) else config.model.pretrained}
+  return conclude(subject, variables, weights, workdir, Measurer(model, config))
 
 
 def open_test_images(config: ml_collections.FrozenConfigDict,
@@ -83,7 +85,9 @@ def open_test_images(config: ml_collections.FrozenConfigDict,
   return source
 
 
-def create_subject(config: ml_collections.FrozenConfigDict, model, class_names, test) -> Subject:
+def create_subject(config: ml_collections.FrozenConfigDict, model: Network,
+                   class_names: tuple[str, ...] | None, test: Callable[[], Source],
+                   scheme: Scheme | None) -> Subject:
   """What is to be measured.
 
   Args:
@@ -91,6 +95,7 @@ def create_subject(config: ml_collections.FrozenConfigDict, model, class_names, 
     model: with all its domains.
     class_names: in the order of the logits; None where nobody knows.
     test: opens the test images, or raises an InputError.
+    scheme: by which it was trained; None where nobody knows.
 
   Raises:
     InputError: the network of config.eval.transfer_from cannot be read, or has other classes.
@@ -107,7 +112,7 @@ def create_subject(config: ml_collections.FrozenConfigDict, model, class_names, 
       raise Unavailable(str(error)) from error
 
   return Subject(config=config, model=model, class_names=class_names,
-                 auxiliary=attacked_domain(create_scheme(config), model.domains),
+                 auxiliary=scheme and attacked_domain(scheme, model.domains),
                  attack=evaluation_attack(config), open_test=open_test, surrogate=surrogate)
 
 
@@ -134,7 +139,8 @@ def open_surrogate(config: ml_collections.FrozenConfigDict, num_classes: int,
 def subject_of(experiment: Experiment) -> Subject:
   """What an experiment trains."""
   return create_subject(experiment.config, experiment.method.model,
-                        experiment.train_source.class_names, lambda: experiment.test_source)
+                        experiment.train_source.class_names, lambda: experiment.test_source,
+                        experiment.method.scheme)
 
 
 def attacked_domain(scheme: Scheme, domains: tuple[str, ...]) -> str | None:
@@ -157,45 +163,69 @@ def open_benchmarks(subject: Subject) -> tuple[dict[str, Benchmark], dict[str, s
     except InputError as error:
       skipped[name] = str(error)
   if not found:
-    reasons = "; ".join(dict.fromkeys(skipped.values()))
-    raise InputError(f"config.eval.benchmarks={subject.config.eval.benchmarks!r}: none of them can "
-                     f"be measured ({reasons})")
+    refuse_nothing(subject, skipped)
   return found, skipped
+
+
+def refuse_nothing(subject: Subject, skipped: Mapping[str, str]) -> NoReturn:
+  """Raises the InputError of an evaluation in which there was nothing to measure."""
+  reasons = "; ".join(dict.fromkeys(skipped.values()))
+  raise InputError(f"config.eval.benchmarks={subject.config.eval.benchmarks!r}: none of them can "
+                   f"be measured ({reasons}); launch/README.md says how to get images")
 
 
 def measure(subject: Subject, variables: Mapping[str, Any], measurer: Measurer,
             kept: pathlib.Path | None = None) -> dict[str, Any]:
   """{"results": {row: ...}, "details": {benchmark: ...}, "skipped": {benchmark: reason}}.
 
+  A benchmark whose images turn out to be wrong while it is measured is skipped as well.
+
   Args:
     subject: what is measured.
     variables: of its model.
     measurer: of its model.
     kept: folder for partial results; None to keep none.
+
+  Raises:
+    InputError: nothing could be measured.
   """
   benchmarks, skipped = open_benchmarks(subject)
   results, details = {}, {}
   for name, benchmark in benchmarks.items():
-    measured = Measured({}, {})
+    try:
+      measured = run_passes(benchmark, variables, measurer, kept)
+    except InputError as error:
+      skipped[name] = str(error)
+      continue
     for title, one in benchmark.passes.items():
-      file = kept and kept / f"{title.replace('/', '_').replace(' ', '_')}.npz"
-      answers = measurer.answers(variables, one, title, file)
-      measured.rows[title] = row(one, answers)
-      measured.sets[title] = rows_of_sets(one, answers)
-      attack = one.attack and dataclasses.asdict(one.attack)
-      results[title] = {"benchmark": name, **measured.rows[title], "attack": attack,
-                        "restarts": one.restarts,
-                        "data": f"{one.source.name}, {one.source.split}"
-                        if len(one.sets) == 1 else one.source.name,
-                        "sets": measured.sets[title]}
+      results[title] = {
+          "benchmark": name, **measured.rows[title],
+          "attack": one.attack and dataclasses.asdict(one.attack), "restarts": one.restarts,
+          "data": f"{one.source.name}, {one.source.split}" if len(one.sets) == 1
+                  else one.source.name,
+          "sets": measured.sets[title]}
     further = benchmark.details(measured, results)
     if further:
       details[name] = further
+  if not results:
+    refuse_nothing(subject, skipped)
   return {"results": results, "details": details, "skipped": skipped}
 
 
-def conclude(subject: Subject, variables: Mapping[str, Any], step: int, workdir: str,
-             measurer: Measurer, training: dict | None = None) -> dict:
+def run_passes(benchmark: Benchmark, variables: Mapping[str, Any], measurer: Measurer,
+               kept: pathlib.Path | None) -> Measured:
+  """What the passes of a benchmark give; `kept` as of `measure`."""
+  measured = Measured({}, {})
+  for title, one in benchmark.passes.items():
+    file = kept and kept / f"{title.replace('/', '_').replace(' ', '_')}.npz"
+    answers = measurer.answers(variables, one, title, file)
+    measured.rows[title] = row(one, answers)
+    measured.sets[title] = rows_of_sets(one, answers)
+  return measured
+
+
+def conclude(subject: Subject, variables: Mapping[str, Any], weights: Mapping[str, Any],
+             workdir: str, measurer: Measurer, training: dict | None = None) -> dict:
   """Measures all that was asked for, and shows it.
 
   At the end of a training it writes summary.json, summary.csv and adversarial.png; later
@@ -205,7 +235,8 @@ def conclude(subject: Subject, variables: Mapping[str, Any], step: int, workdir:
   Args:
     subject: what is measured.
     variables: of the model; moving averages where the run keeps them.
-    step: number of updates behind them.
+    weights: what they are: {"scheme", "seed": by which they were trained, None where nobody knows;
+      "step": number of updates; "weights": which, for people to read}.
     workdir: for the files.
     measurer: of this model.
     training: what is known of the training that ends here, to be kept in the summary; None where
@@ -219,9 +250,9 @@ def conclude(subject: Subject, variables: Mapping[str, Any], step: int, workdir:
   measured = measure(subject, variables, measurer, partial)
   seconds = time.perf_counter() - start
   summary = {
-      "scheme": config.scheme, "network": config.model.name, "seed": config.seed, "step": step,
-      "weights": weights_of(config, step),
+      "network": config.model.name, **weights,
       "data": f"{config.data.name}, {config.data.test_split}", "imagenet": subject.knows_imagenet,
+      "imagenet_validation": subject.tests_on_validation,
       "attack": dataclasses.asdict(subject.attack), **measured, "training": training,
       "evaluation_seconds": round(seconds, 2), "devices": jax.device_count(),
       "device_kind": jax.devices()[0].device_kind}
@@ -238,10 +269,3 @@ def conclude(subject: Subject, variables: Mapping[str, Any], step: int, workdir:
     print("\n" + results_table(summary))
     print(f"\n{', '.join(files[:-1])} and {files[-1]} are in {workdir}")
   return summary
-
-
-def weights_of(config: ml_collections.ConfigDict, step: int) -> str:
-  """Which weights are evaluated after so many updates, for people to read."""
-  if not step and config.model.pretrained is not None:
-    return config.model.pretrained
-  return "moving averages" if config.train.ema_decay > 0 else "as trained"

@@ -26,9 +26,11 @@ from advprop_jax.benchmarks.contract import Pass, Row
 from advprop_jax.data import loader
 from advprop_jax.errors import InputError
 from advprop_jax.method.measure import NEVER, Attacker, measure_step
+from advprop_jax.models.network import Network
 from advprop_jax.runtime import parallel
 from advprop_jax.runtime.metrics import Progress
 
+SAMPLES = 16                           # images that are looked at before answers are taken over
 BINS = 15                              # of confidence, for the calibration error
 SECONDS_BETWEEN_SAVES = 60.0
 _QUIET_SECONDS = 10.0                  # before progress is shown
@@ -72,7 +74,7 @@ class Answers:
 class Measurer:
   """Compiled evaluations of one network; the weights are arguments."""
 
-  def __init__(self, model, config: ml_collections.FrozenConfigDict):
+  def __init__(self, model: Network, config: ml_collections.FrozenConfigDict):
     """Compiles nothing yet.
 
     Args:
@@ -96,7 +98,7 @@ class Measurer:
       InputError: an image cannot be read, or the loss of one is not finite.
     """
     settings, given = self._config.eval, self._given(variables, one)
-    key = kept and fingerprint(one, given, self._config.data.image_size)
+    key = kept and fingerprint(self._model, self._config, one, given)
     answers = (kept and read_kept(kept, key, len(one.source))) or Answers.none_of(len(one.source))
     batches = self.batches(one)
     first = -(-answers.done // settings.batch_size)
@@ -207,22 +209,39 @@ def calibration_error(confidence: np.ndarray, right: np.ndarray, bins: int = BIN
   return float(np.abs(gaps).sum() / len(right))
 
 
-def fingerprint(one: Pass, given: Mapping[str, Any], image_size: int) -> str:
-  """Of all that a pass's answers hang on: weights, images and attack."""
+def fingerprint(model: Network, config: ml_collections.FrozenConfigDict, one: Pass,
+                given: Mapping[str, Any]) -> str:
+  """Of all that a pass's answers hang on: network, weights, images and attack.
+
+  Of the images some are read, spread over all: a folder may be another one of the same name.
+
+  Args:
+    model: the network.
+    config: resolved; names the network, and the size of its images.
+    one: the pass.
+    given: as `measure_step` takes it.
+  """
   digest = hashlib.blake2b(digest_size=16)
   flat = traverse_util.flatten_dict(jax.device_get(dict(given)), sep="/")
   for name in sorted(flat):
     value = np.asarray(flat[name])
     digest.update(f"{name} {value.dtype} {value.shape}".encode())
     digest.update(np.ascontiguousarray(value).tobytes())
-  for place in (0, len(one.source) - 1):   # as a folder may be another one of the same name
+  for place in np.linspace(0, len(one.source) - 1, SAMPLES).astype(int).tolist():
     record = one.source[place]
     digest.update(bytes(record["image"]) + str(record["label"]).encode())
-  facts = [one.source.name, one.source.split, dict(one.sets), image_size,
-           one.domain, repr(one.attack), one.restarts, one.surrogate and one.surrogate.name]
+  other = one.surrogate and [one.surrogate.name, _settings(one.surrogate.model)]
+  facts = [config.model.name, config.data.image_size, _settings(model), other, one.source.name,
+           one.source.split, dict(one.sets), one.domain, repr(one.attack), one.restarts]
   # Pickled, as the representation of a function has its address.
   digest.update(json.dumps(facts).encode() + pickle.dumps(one.transform))
   return digest.hexdigest()
+
+
+def _settings(model: Network) -> dict[str, str]:
+  """What the network is besides its weights, such as its type and its input convention."""
+  names = ("domains", "dtype", "input_convention", "share_statistics", "share_affine")
+  return {name: str(getattr(model, name)) for name in names}
 
 
 def read_kept(path: pathlib.Path, key: str, images: int) -> Answers | None:
@@ -259,12 +278,17 @@ def write_kept(path: pathlib.Path, key: str, answers: Answers) -> None:
 def _require_finite(answers: Answers, one: Pass) -> None:
   """Raises an InputError where a loss is no number, or a label is none of the classes."""
   wrong = np.flatnonzero(~(answers.loss < -NEVER / 2))
-  if len(wrong):
-    what = ("is not finite: the network gives no numbers" if not np.isfinite(
-        answers.loss[wrong[0]]) else "is that of a class which the set should not have")
-    raise InputError(f"{one.source.name}: the loss of {len(wrong)} of {len(answers.loss)} images, "
-                     f"the first of them number {wrong[0]}, {what}; look at the weights and at "
-                     "the data")
+  if not len(wrong):
+    return
+  origin = f"{one.source.name}, {one.source.split}"
+  if not np.isfinite(answers.loss[wrong[0]]):
+    raise InputError(f"{origin}: the network gives no numbers for {len(wrong)} of "
+                     f"{len(answers.loss)} images, the first of them number {wrong[0]}; look at "
+                     "the weights")
+  name = one.source.class_names[one.source[int(wrong[0])]["label"]]
+  raise InputError(f"{origin}: {len(wrong)} of its {len(answers.loss)} images are of classes that "
+                   f"the set should not have, the first of them of {name!r}; remove these, or give "
+                   "the set itself")
 
 
 class _LongProgress:
@@ -273,7 +297,7 @@ class _LongProgress:
   def __init__(self, name: str, batches: int, first: int, images: int):
     self._make = lambda step: Progress(batches, step, images, name=name)
     self._name, self._start, self._bar = name, time.monotonic(), None
-    if name and first:
+    if name and 0 < first < batches:
       print(f"{name}: goes on after {first} of {batches} batches", flush=True)
 
   def update(self, step: int) -> None:

@@ -89,16 +89,19 @@ def results_csv(summary: Mapping[str, Any]) -> str:
   """Rows of (row, set, attack, columns): each row of the table, and each of the sets in it."""
   file = io.StringIO()
   writer = csv.writer(file, lineterminator="\n")
-  writer.writerow(["row", "set", "attack", *COLUMNS, "mce", "relative_mce", "published"])
+  writer.writerow(["row", "set", "attack", "restarts", *COLUMNS, "mce", "relative_mce",
+                   "published"])
   known, details = published.of(summary), summary.get("details", {})
   for name, result in summary["results"].items():
     if result is None:
       continue
     detail = details.get(name, {})
     attack = "" if result.get("attack") is None else str(Attack(**result["attack"]))
-    writer.writerow([name, "", attack, *(result.get(column) for column in COLUMNS),
+    restarts = result.get("restarts", 1)
+    writer.writerow([name, "", attack, restarts, *(result.get(column) for column in COLUMNS),
                      detail.get("mce"), detail.get("relative_mce"), known.get(name)])
     sets = result.get("sets", {})
     for set_name, values in (sets.items() if len(sets) > 1 else ()):
-      writer.writerow([name, set_name, attack, *(values[column] for column in COLUMNS), "", "", ""])
+      numbers = [values[column] for column in COLUMNS]
+      writer.writerow([name, set_name, attack, restarts, *numbers, "", "", ""])
   return file.getvalue()

@@ -60,8 +60,18 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
   training = {"images_per_second": progress.images_per_second(), "start_step": start}
   if start == experiment.total_steps:  # no step was made; what is known of those that were stays
     training = read_json(os.path.join(workdir, "summary.json")).get("training") or training
-  return conclude(subject, state.evaluation_variables, experiment.total_steps, workdir, measurer,
+  return conclude(subject, state.evaluation_variables, weights_of(experiment), workdir, measurer,
                   training)
+
+
+def weights_of(experiment: Experiment) -> dict[str, str | int]:
+  """What the weights are that a training ends with, as `conclude` wants it."""
+  config = experiment.config
+  which = "moving averages" if config.train.ema_decay > 0 else "as trained"
+  if not experiment.total_steps and config.model.pretrained is not None:
+    which = config.model.pretrained
+  return {"scheme": config.scheme, "seed": config.seed, "step": experiment.total_steps,
+          "weights": which}
 
 
 def fit(experiment: Experiment, state: TrainState, batches, checkpoints: Checkpoints,

@@ -9,18 +9,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 
 from advprop_jax import models
 from advprop_jax.data import imagenet
 from advprop_jax.data.transforms import published_crop
 from advprop_jax.errors import InputError
+from advprop_jax.method.schemes import Scheme
 from advprop_jax.method.step import to_model_units
 from advprop_jax.models import weight_files, weights
 from advprop_jax.models.batch_norm import drop_auxiliary
 from advprop_jax.models.conventions import convention_named
 from advprop_jax.models.network import Network
 from advprop_jax.runtime.checkpoint import Checkpoints, Restored
-from advprop_jax.runtime.config import create_network
+from advprop_jax.runtime.config import create_network, create_scheme
 from advprop_jax.runtime.metrics import read_json, write_json
 
 BEST_METRIC = "clean_top1"      # by which the best checkpoint of a run is kept
@@ -84,6 +86,29 @@ class TrainedNetwork:
           "normalised; give 'inception' for weights of AdvProp, whose images are in [-1, 1], or "
           "'imagenet' for ImageNet's mean and deviation")
     return self.input_convention
+
+  @property
+  def whole(self) -> tuple[Network, Mapping[str, Any]]:
+    """The network with all the domains that its variables have, and these.
+
+    Without a run behind it, or exported, it has the main one alone.
+    """
+    if self.config is not None:
+      model = create_network(self.config, self.num_classes)
+      if traverse_util.flatten_dict(_shapes(model)).keys() <= traverse_util.flatten_dict(
+          self.variables).keys():
+        return model, self.variables
+    return self.model, self.deployed
+
+  @property
+  def scheme(self) -> Scheme | None:
+    """By which it was trained; None where nobody knows."""
+    return None if self.config is None else create_scheme(self.config)
+
+  @property
+  def kind(self) -> str:
+    """Which weights of a run these are: "moving averages" or "as trained"."""
+    return self.source.partition(", ")[2]
 
   def class_name(self, label: int) -> str:
     """For people to read; a wnid of ImageNet becomes its words."""

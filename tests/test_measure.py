@@ -151,7 +151,8 @@ def test_transferred(run, tmp_path, subject):
   """Fails where the network is attacked itself, or through auxiliary batch norms of the other."""
   _, workdir = run
   subject = with_settings(subject, benchmarks="transfer", transfer_from=workdir)
-  subject = create_subject(subject.config, subject.model, subject.class_names, subject.open_test)
+  subject = create_subject(subject.config, subject.model, subject.class_names, subject.open_test,
+                           None)
   results = measure(subject, distinct_variables(), measurer_of(subject))["results"]
   (name, result), = results.items()
   assert name.startswith("adversarial, transferred from one_block of run")
@@ -167,7 +168,7 @@ def test_transferred(run, tmp_path, subject):
   assert attacked["loss"] > 1.1 * result["loss"]
   bad = with_settings(subject, transfer_from=str(tmp_path / "none.safetensors"))
   with pytest.raises(InputError, match=r"config\.eval\.transfer_from="):
-    create_subject(bad.config, bad.model, bad.class_names, bad.open_test)
+    create_subject(bad.config, bad.model, bad.class_names, bad.open_test, None)
 
 
 def test_apgd_is_at_least_as_strong_as_pgd(subject):
@@ -223,7 +224,8 @@ from advprop_jax.benchmarks.contract import test_pass
 from tests.test_measure import measurer_of, distinct_variables, small_experiment, subject_of
 subject = subject_of(small_experiment())
 one = test_pass(subject)
-print(measure.fingerprint(one, measurer_of(subject)._given({"x": 1.0}, one), 28))
+print(measure.fingerprint(subject.model, subject.config, one,
+                          measurer_of(subject)._given({"x": 1.0}, one)))
 """
 
 
@@ -241,8 +243,8 @@ def test_batches_of_another_size_go_on_too(subject, tmp_path):
   one, variables = contract.test_pass(subject), distinct_variables()
   file = tmp_path / "clean.npz"
   whole = measurer_of(subject).answers(variables, one)
-  key = measuring.fingerprint(one, measurer_of(subject)._given(variables, one),
-                              subject.config.data.image_size)
+  key = measuring.fingerprint(subject.model, subject.config, one,
+                              measurer_of(subject)._given(variables, one))
   part = dataclasses.replace(whole, done=20, **{
       name: getattr(whole, name).copy() for name in ("top1", "top5", "loss", "confidence")})
   part.loss[20:] = 1e6
@@ -253,7 +255,7 @@ def test_batches_of_another_size_go_on_too(subject, tmp_path):
 
 def test_a_network_of_no_numbers(subject):
   variables = jax.tree.map(lambda x: x * np.nan, distinct_variables())
-  with pytest.raises(InputError, match=r"loss of 38 of 38 images.*gives no numbers"):
+  with pytest.raises(InputError, match=r"gives no numbers for 38 of 38"):
     measurer_of(subject).answers(variables, contract.test_pass(subject))
 
 
@@ -306,3 +308,14 @@ def test_sets_weigh_the_same(subject):
   assert total["top1"] == 0.75
   assert total["standard_error"] == pytest.approx(np.sqrt(0.25 / 30) / 2)
   assert total["images"] == 38
+
+
+def test_another_convention_is_another_network(subject, tmp_path):
+  """Fails where answers that were kept of a network are taken for those of one that reads other
+  numbers, with the same weights."""
+  one, variables, file = contract.test_pass(subject), distinct_variables(), tmp_path / "clean.npz"
+  measurer_of(subject).answers(variables, one, "clean", file)
+  other = dataclasses.replace(subject, model=subject.model.clone(input_convention="imagenet"))
+  fresh = measurer_of(other).answers(variables, one)
+  again = measurer_of(other).answers(variables, one, "clean", file)
+  np.testing.assert_array_equal(again.loss, fresh.loss)

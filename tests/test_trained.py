@@ -239,3 +239,40 @@ def test_a_run_can_be_evaluated_where_its_training_images_are_not(run, tmp_path)
     trained.write_classes(workdir, kept)
   assert summary["results"]["clean"]["images"] == 12
   assert summary["data"] == "folder, val"
+
+
+def test_what_is_recorded_is_what_was_measured(run, tmp_path):
+  """Fails where other weights than the averages are called so, or a run that is given as pretrained
+  has the scheme, the seed or the batch norms of the config it is measured with."""
+  config, workdir = run
+  config = config.copy_and_resolve_references()
+  averages = evaluate(config, workdir)
+  config.export.weights = "trained"
+  raw = evaluate(config, workdir)
+  assert (averages["weights"], raw["weights"]) == ("moving averages", "as trained")
+  assert averages["results"]["clean"]["loss"] != raw["results"]["clean"]["loss"]
+
+  given = make_config({"scheme": "vanilla", "seed": 7, "model.pretrained": workdir})
+  other = evaluate(given, str(tmp_path / "other"))
+  assert (other["scheme"], other["seed"], other["step"]) == ("advprop", config.seed, 2)
+  assert other["weights"] == workdir
+  assert other["results"] == averages["results"]
+
+
+def test_an_export_and_a_run_of_one_domain_can_be_evaluated(run, tmp_path):
+  """Fails where the config's batch norms are asked of a network that has none of them."""
+  config, workdir = run
+  trained.write_exported(trained.read_run(workdir), str(tmp_path / "exported"))
+  vanilla = make_config({"scheme": "vanilla", "train.steps": 1})
+  train(vanilla, str(tmp_path / "vanilla"))
+  expected = {"exported": trained.read_run(workdir).step, "vanilla": 1}
+  for name, step in expected.items():
+    given = make_config({"model.pretrained": str(tmp_path / name)})
+    assert given.scheme == "advprop"
+    summary = evaluate(given, str(tmp_path / "out" / name))
+    assert set(summary["results"]) == {"clean", "adversarial, main BN"}
+    assert "no auxiliary" in summary["skipped"]["auxiliary"]
+    assert summary["step"] == step
+  clean = evaluate(config, workdir)["results"]["clean"]
+  assert evaluate(make_config({"model.pretrained": str(tmp_path / "exported")}),
+                  str(tmp_path / "again"))["results"]["clean"] == clean

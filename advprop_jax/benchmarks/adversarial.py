@@ -43,7 +43,8 @@ def strength(subject: Subject) -> Benchmark:
   def details(measured: Measured, rows):
     del rows
     points = [{"epsilon": attacks[name].epsilon, **row} for name, row in measured.rows.items()]
-    return {"attack": dataclasses.asdict(subject.attack), "points": points}
+    return {"attack": dataclasses.asdict(subject.attack),
+            "restarts": subject.config.eval.restarts, "points": points}
 
   return Benchmark({name: _attacked(subject, attack) for name, attack in attacks.items()}, details)
 
@@ -59,7 +60,8 @@ def auto_pgd(subject: Subject) -> Benchmark:
 def epsilons(text: str) -> tuple[float, ...]:
   """The numbers of "0.5, 1, 2"; a ValueError where one is no number, negative or named twice."""
   values = tuple(float(word) for word in text.split(","))
-  if min(values) < 0 or max(values) == float("inf") or len(set(values)) < len(values):
+  different = {f"{value:g}" for value in values}       # as rows are named
+  if min(values) < 0 or max(values) == float("inf") or len(different) < len(values):
     raise ValueError(text)
   return values
 

@@ -72,6 +72,13 @@ class Subject:
       return self.model.num_classes == len(WNIDS)
     return self.class_names == WNIDS
 
+  @property
+  def tests_on_validation(self) -> bool:
+    """Whether the test images are the validation images of ImageNet, all of them."""
+    data = self.config.data
+    return (self.knows_imagenet and data.name.startswith("imagenet")
+            and data.test_split in ("val", "validation"))
+
   def require_imagenet(self) -> None:
     """Raises Unavailable unless the classes are those of ImageNet."""
     if not self.knows_imagenet:

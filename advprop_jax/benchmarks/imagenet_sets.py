@@ -15,6 +15,7 @@ from advprop_jax.benchmarks.contract import Benchmark, Pass, Subject, Unavailabl
 from advprop_jax.data import imagenet
 from advprop_jax.data.imagenet_folder import open_imagenet
 from advprop_jax.data.sources import Source, open_source
+from advprop_jax.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,14 +74,18 @@ def open_set(subject: Subject, folders: tuple[str, ...], tfds: str | None,
     InputError: what is there cannot be read.
   """
   directory = benchmark_dir(subject)
-  for folder in folders:
-    if os.path.isdir(os.path.join(directory, folder)):
-      return open_imagenet(directory, folder, subject.config.data.broken)
-  if tfds and os.path.isdir(os.path.join(directory, *tfds.split("/"))):
-    return open_source(tfds, directory, split)
-  raise Unavailable(f"{directory!r} has no folder {' or '.join(map(repr, folders))}"
-                    f"{f', and no TFDS data {tfds!r}' if tfds else ''}; config.eval.dir says where "
-                    "to look, launch/README.md how to get it")
+  try:
+    for folder in folders:
+      if os.path.isdir(os.path.join(directory, folder)):
+        return open_imagenet(directory, folder, subject.config.data.broken)
+    if tfds and os.path.isdir(os.path.join(directory, *tfds.split("/"))):
+      return open_source(tfds, directory, split)
+  except InputError as error:          # which names the field that training takes
+    field = "config.eval.dir" if subject.config.eval.dir else "config.data.dir"
+    raise InputError(str(error).replace("data.dir", field)) from error
+  raise Unavailable(f"{directory!r} (config.eval.dir) has no folder "
+                    f"{' or '.join(map(repr, folders))}"
+                    f"{f', and no TFDS data {tfds!r}' if tfds else ''}")
 
 
 def benchmark_dir(subject: Subject) -> str:

@@ -51,7 +51,9 @@ def of(summary: Mapping[str, Any]) -> dict[str, str]:
   """
   if not summary.get("imagenet"):
     return {}
-  rows = _NUMBERS.get(scheme_of(summary), {})
+  rows = dict(_NUMBERS.get(scheme_of(summary), {}))
+  if not summary.get("imagenet_validation"):           # the test images are others
+    rows.pop("clean", None)
   return {row: numbers[name] for row, numbers in rows.items()
           if (name := summary["network"].removeprefix("tf_")) in numbers}
 
@@ -61,7 +63,7 @@ def scheme_of(summary: Mapping[str, Any]) -> str:
 
   Published weights say it by their name: timm's end in "ap_in1k", the authors' hold "_ap-".
   """
-  if summary["step"]:
+  if summary["scheme"]:
     return summary["scheme"]
   name = summary["weights"].rsplit("/", 1)[-1]
   if "ap_in1k" in name or "_ap-" in name:

@@ -42,8 +42,9 @@ class Corrupted:
 
 
 def corrupted(group: Group, kind: str) -> Corrupted | None:
-  """Of the runs of a group that have it; None if there are none."""
+  """Of the runs of a group that have it, of as many images as the first; None if none has it."""
   details = [run.details[kind] for run in group.runs if run.details.get(kind)]
+  details = [each for each in details if each["images"] == details[0]["images"]]
   if not details:
     return None
   errors = [each["errors"] for each in details]
@@ -71,6 +72,7 @@ class Strength:
     runs: how many.
     images: of each epsilon.
     attack: a dictionary of Attack, but for the epsilon.
+    restarts: attacks of each image, of which the strongest counts.
   """
 
   epsilons: list[float]
@@ -78,12 +80,13 @@ class Strength:
   runs: int
   images: int
   attack: dict
+  restarts: int = 1
 
 
 def strength(group: Group) -> Strength | None:
   """At the epsilons that all runs of the group have that were attacked as the first of them."""
   details = [run.details[STRENGTH] for run in group.runs if run.details.get(STRENGTH)]
-  details = [each for each in details if each.get("attack") == details[0].get("attack")]
+  details = [each for each in details if _alike(each) == _alike(details[0])]
   if not details:
     return None
   points = [{point["epsilon"]: point for point in each["points"]} for each in details]
@@ -91,8 +94,14 @@ def strength(group: Group) -> Strength | None:
   estimates = [accuracy(points[0][epsilon]) if len(points) == 1 else
                average([each[epsilon]["top1"] for each in points]) for epsilon in epsilons]
   images = min(point["images"] for each in points for point in each.values())
-  return Strength(epsilons, estimates, len(points), images,
-                  details[0].get("attack") or {})
+  return Strength(epsilons, estimates, len(points), images, details[0].get("attack") or {},
+                  details[0].get("restarts", 1))
+
+
+def _alike(detail: Mapping) -> tuple:
+  """What has to be the same of two measurements that are averaged."""
+  return (detail.get("attack"), detail.get("restarts", 1),
+          {point["images"] for point in detail["points"]})
 
 
 def sections(groups: Sequence[Group], network: str = "") -> list[Section]:
@@ -123,6 +132,7 @@ def _corruption_section(title, kind, network, found: Mapping[Group, Corrupted], 
   if len(seeded) < len(found):
     caption += (" Of a single run there is an error bar on the mean alone, one standard error over "
                 "the images.")
+  caption += _fewer(found)
   lacking = [group.name for group in groups if group not in found]
   if lacking:
     caption += f" {listed(lacking)}: not measured."
@@ -188,18 +198,17 @@ def _strength_section(groups: Sequence[Group], network: str) -> Section:
 
   values = [f"{group.name} {100 * mean:.1f} % at {epsilon:g}" for group, data in found.items()
             for epsilon, (mean, _) in zip(data.epsilons, data.estimates, strict=True)]
-  attacks = [data.attack for data in found.values()]
+  attacks = [attack_words(data.attack) + (f", {data.restarts} starts" if data.restarts > 1 else "")
+             for data in found.values()]
   caption = (
       "Top-1 on adversarial images by the radius of the attack's ball, in steps of a pixel of 0 to "
       "255. Each network is attacked, and classifies, through its own main batch norms. The "
-      f"attack: {listed(list(dict.fromkeys(map(attack_words, attacks))))}, whose step grows with "
+      f"attack: {listed(list(dict.fromkeys(attacks)))}, whose step grows with "
       f"epsilon, on {_images(found)}. ")
   caption += _error_words([data.runs for data in found.values()])
-  if len(set(map(attack_words, attacks))) > 1:
+  if len(set(attacks)) > 1:
     caption += " The runs were not attacked alike, so their lines do not compare."
-  fewer = [f"{data.runs} of the {len(group.runs)} runs of {group.name}"
-           for group, data in found.items() if data.runs < len(group.runs)]
-  caption += f" There are {listed(fewer)} with such a measurement." if fewer else ""
+  caption += _fewer(found)
   panel = draw(f"attack_strength{network and f'_{network}'}", "Attack strength",
                f"Top-1 by epsilon: {'; '.join(values)}.", plot,
                legend=[group.name for group in found])
@@ -212,6 +221,13 @@ def _images(found: Mapping[Group, Corrupted | Strength], what: str = "") -> str:
   if len(set(numbers.values())) == 1:
     return next(iter(numbers.values()))
   return listed([f"{images} ({label})" for label, images in numbers.items()])
+
+
+def _fewer(found: Mapping[Group, Corrupted | Strength]) -> str:
+  """Says where not all runs of a group were measured, or not alike."""
+  fewer = [f"{data.runs} of the {len(group.runs)} runs of {group.name}"
+           for group, data in found.items() if data.runs < len(group.runs)]
+  return f" There are {listed(fewer)} with such a measurement." if fewer else ""
 
 
 def _error_words(runs: Sequence[int]) -> str:

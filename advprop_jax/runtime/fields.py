@@ -220,7 +220,8 @@ FIELDS = {
     "export.format": Field("timm", str, "of --mode=export", one_of(EXPORT_FORMATS)),
     "export.dir": Field(None, str, "folder that is written; not set: WORKDIR/export/FORMAT"),
     "export.weights": Field("averages", str, "moving averages, or the weights as trained; what is "
-                            "exported, and shown photographs", one_of(("averages", "trained"))),
+                            "exported, evaluated and shown photographs",
+                            one_of(("averages", "trained"))),
 
     "report.runs": Field(None, str, "of --mode=report: further workdirs, with commas between",
                          not_empty),

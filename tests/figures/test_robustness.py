@@ -117,3 +117,18 @@ def test_networks_have_bars_of_their_own(tmp_path):
   assert "one_block" in first.title
   assert "efficientnet_tiny" in second.title
   assert not {panel.name for panel in first.panels} & {panel.name for panel in second.panels}
+
+
+def test_seeds_of_other_numbers_of_images_or_restarts_are_not_averaged(tmp_path):
+  """Fails where a mean over seeds is one of runs that were not measured alike."""
+  (group,) = groups(tmp_path / "c", {"seed": 0, "details": {"corruptions": corruptions()}},
+                    {"seed": 1, "details": {"corruptions": corruptions(0.02, images=3)}})
+  found = robustness.corrupted(group, "corruptions")
+  assert (found.runs, found.images, found.mean[0]) == (1, 12, pytest.approx(0.63))
+  points = [{"epsilon": 1.0, "top1": 0.5, "standard_error": 0.1, "images": 12}]
+  (group,) = groups(tmp_path / "s", *(
+      {"seed": seed, "details": {"strength": {"attack": ATTACK, "restarts": restarts,
+                                              "points": points}}}
+      for seed, restarts in enumerate((1, 10))))
+  assert robustness.strength(group).runs == 1
+  assert robustness.strength(group).restarts == 1

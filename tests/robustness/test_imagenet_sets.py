@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from advprop_jax import models
-from advprop_jax.benchmarks import imagenet_sets
+from advprop_jax.benchmarks import imagenet_sets, published
 from advprop_jax.benchmarks.mce import ALEXNET, SETTINGS
 from advprop_jax.data.imagenet import CLASSES_OF_A, CLASSES_OF_R, WNIDS
 from advprop_jax.errors import InputError
@@ -136,8 +136,10 @@ def test_an_incomplete_imagenet_c(network, variables, corrupted, tmp_path, capsy
       (root / "blur" / name).mkdir(parents=True, exist_ok=True)      # as in the tars
       (root / "blur" / name / str(severity)).symlink_to(
           corrupted / f"imagenet-c/{name}/{severity}")
+  (root / "blur/snow/2").mkdir(parents=True)                                # without images
   network.eval.benchmarks = "imagenet_c"
   detail = evaluate(network, str(tmp_path / "out"))["details"]["imagenet_c"]
+  assert "snow/2: " in detail["note"]
   assert detail["mce"] is None
   assert detail["relative_mce"] is None
   assert detail["missing"] == [f"snow/{severity}" for severity in range(1, 6)] + ["fog/3"]
@@ -197,9 +199,29 @@ def test_what_is_missing_is_skipped(network, tmp_path, capsys):
 def test_images_of_other_classes_than_the_set_has(network, tmp_path):
   """Fails where ImageNet itself, given for ImageNet-A, is measured on 200 logits without a word."""
   fill(tmp_path / "data/imagenet-a", [next(i for i in range(1000) if i not in CLASSES_OF_A)], 1)
+  fill(tmp_path / "data/sketch", SOME, 1)
+  network.eval.benchmarks = "imagenet_a,imagenet_sketch"
+  summary = evaluate(network, str(tmp_path / "out"))
+  assert list(summary["results"]) == ["imagenet_sketch"]                    # it goes on
+  assert "imagenet-a: 1 of its 1 images are of classes" in summary["skipped"]["imagenet_a"]
   network.eval.benchmarks = "imagenet_a"
-  with pytest.raises(InputError, match="class which the set should not have"):
+  with pytest.raises(InputError, match="of classes that the set should not have"):
     evaluate(network, str(tmp_path / "out"))
+
+
+def test_published_numbers_stand_beside_their_own_images_alone():
+  """Fails where the top-1 of clean validation images is put beside that of others."""
+  summary = {"network": "efficientnet_b0", "scheme": None, "step": 0, "imagenet": True,
+             "weights": "timm/tf_efficientnet_b0.ap_in1k", "imagenet_validation": True}
+  assert published.of(summary)["clean"] == "77.6"
+  assert published.of(summary)["imagenet_a"] == "5.307"
+  fog = {**summary, "imagenet_validation": False}
+  assert "clean" not in published.of(fog)
+  assert published.of(fog)["imagenet_r"] == "40.397"
+  assert published.of({**summary, "scheme": "vanilla", "weights": "moving averages"})[
+      "clean"] == "77.1"
+  assert published.of({**summary, "weights": "somebody's.safetensors"}) == {}
+  assert published.of({**summary, "imagenet": False}) == {}
 
 
 def test_a_network_of_other_classes(run, published, tmp_path):
