@@ -57,9 +57,9 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict:
   """
   if config.get("eval") and config.eval.get("photographs") is not None:
     return predict.predict(config, workdir)
+  config = resolve(config, workdir)
   network = open_network(config, workdir, EVALUATED)
   make_workdir(workdir)
-  config = resolve(config, workdir)
   model, variables = network.whole
   subject = create_subject(config, model, network.class_names,
                            functools.partial(open_test_images, config, network), network.scheme)
