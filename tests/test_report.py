@@ -41,7 +41,7 @@ def pair(run, tmp_path_factory):
   """(result, folder) of a report of a trained run, and of its main half as if it were vanilla."""
   root = tmp_path_factory.mktemp("pair")
   for name in ("ours", "theirs"):
-    shutil.copytree(run[1], root / name)
+    shutil.copytree(run[1], root / name, ignore=shutil.ignore_patterns("evaluation*"))
   for file in ("config.json", "summary.json"):
     path = root / "theirs" / file
     path.write_text(json.dumps({**json.loads(path.read_text()), "scheme": "vanilla"}))
