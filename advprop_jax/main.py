@@ -11,6 +11,7 @@ from ml_collections import config_flags
 
 from advprop_jax import evaluate, export, inspect, report, train
 from advprop_jax.errors import InputError
+from advprop_jax.runtime.compilation import keep_compiled
 from advprop_jax.runtime.config import require_known
 from advprop_jax.runtime.memory import keep_freed_memory
 
@@ -46,6 +47,7 @@ def main(argv: list[str]) -> None:
 def run() -> None:
   """The command line: bad input ends in one sentence and exit code 2, without a traceback."""
   keep_freed_memory()
+  keep_compiled()
   for stream in (sys.stdout, sys.stderr):   # names of files may be what they cannot encode
     stream.reconfigure(errors="backslashreplace")
   try:

@@ -4,8 +4,9 @@ import json
 import os
 import pathlib
 
-# The tests compile much and compute little. Neither is set where the caller has set it.
+# The tests compile much and compute little. None is set where the caller has set it.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import pytest

@@ -260,7 +260,8 @@ def test_killed_five_times(tmp_path):
            "--config.data.batch_size=20", "--config.eval.batch_size=20", "--config.train.steps=120",
            "--config.checkpoint.every_steps=3", "--config.eval.every_epochs=0",
            "--config.train.log_every=1"]
-  cache = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),
+  cache = {**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "true",
+           "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),
            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 
   errors = (tmp_path / "errors").open("w")
