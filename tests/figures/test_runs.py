@@ -188,7 +188,7 @@ def test_metrics_with_a_torn_line(tmp_path):
 
 
 @pytest.mark.parametrize(("text", "expected"), [
-    ("there is no checkpoint in '/tmp/lab/run/checkpoints'; train",
+    ("there is no checkpoint in '/tmp/some/run/checkpoints'; train",
      "there is no checkpoint in 'checkpoints'; train"),
     ("~/photos/test: not there", "test: not there"),
     ("/my data/set/train", "set/train"),
