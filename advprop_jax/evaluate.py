@@ -31,7 +31,7 @@ from advprop_jax.measure import Measurer, row, rows_of_sets
 from advprop_jax.method.schemes import Scheme
 from advprop_jax.models.network import Network
 from advprop_jax.results import results_csv, results_table
-from advprop_jax.runtime.config import names_in
+from advprop_jax.runtime.fields import names_in
 from advprop_jax.runtime.metrics import write_json, write_text
 from advprop_jax.runtime.workdir import EVALUATED, make_workdir
 

@@ -7,9 +7,9 @@ standard errors are made there, in float64. So the same compiled step serves any
 import dataclasses
 import functools
 import hashlib
+import io
 import json
 import math
-import os
 import pathlib
 import pickle
 import time
@@ -28,7 +28,8 @@ from advprop_jax.errors import InputError
 from advprop_jax.method.measure import NEVER, Attacker, measure_step
 from advprop_jax.models.network import Network
 from advprop_jax.runtime import parallel
-from advprop_jax.runtime.metrics import Progress
+from advprop_jax.runtime.metrics import Progress, write_bytes
+from advprop_jax.runtime.workdir import make_workdir
 
 SAMPLES = 16                           # images that are looked at before answers are taken over
 BINS = 15                              # of confidence, for the calibration error
@@ -106,9 +107,9 @@ class Measurer:
       first = answers.done // settings.batch_size
       answers.done = first * settings.batch_size
     progress = _LongProgress(name, len(batches), first, settings.batch_size)
-    saved, running = time.monotonic(), []
+    step, saved, running = self._step(one), time.monotonic(), []
     for batch in batches.starting_at(first):
-      running.append(self._step(one)(given, parallel.shard(batch)))
+      running.append(step(given, parallel.shard(batch)))
       # One step late, so that the next batch is made and travels while this one is computed.
       while len(running) > (not parallel.wait_each_step()):
         answers.add(jax.device_get(running.pop(0)))
@@ -260,19 +261,10 @@ def write_kept(path: pathlib.Path, key: str, answers: Answers) -> None:
   """Writes partial results in one piece: whoever is killed here leaves the file before."""
   if jax.process_index():
     return
-  part = path.with_name(f".{path.name}.{os.getpid()}")
-  try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with part.open("wb") as file:
-      np.savez(file, key=key, **dataclasses.asdict(answers))
-      file.flush()
-      os.fsync(file.fileno())
-    part.replace(path)
-  except OSError as error:
-    raise InputError(f"{path} cannot be written ({error.strerror}); free some space or choose "
-                     "another --workdir") from error
-  finally:
-    part.unlink(missing_ok=True)
+  content = io.BytesIO()
+  np.savez(content, key=key, **dataclasses.asdict(answers))
+  make_workdir(str(path.parent))
+  write_bytes(path, content.getvalue())
 
 
 def _require_finite(answers: Answers, one: Pass) -> None:

@@ -13,7 +13,7 @@ import ml_collections
 
 from advprop_jax.errors import InputError
 from advprop_jax.runtime.config import default_config, flatten
-from advprop_jax.runtime.fields import FIELDS
+from advprop_jax.runtime.fields import FIELDS, names_in
 from advprop_jax.runtime.metrics import read_json
 from advprop_jax.runtime.workdir import LATER, SPEED
 
@@ -108,7 +108,7 @@ def read_runs(workdir: str, others: str | None) -> list[Run]:
   """
   named = [(f"--workdir={workdir}", workdir)]
   named += [(f"config.report.runs: {path!r}", os.path.expanduser(path))
-            for path in (part.strip() for part in (others or "").split(",")) if path]
+            for path in filter(None, names_in(others or ""))]
   runs, places, seeds = [], {}, []
   for origin, folder in named:
     place = os.path.realpath(folder)

@@ -98,11 +98,6 @@ def _check_field(path: str, field: Field, value: Any) -> None:
     raise InputError(f"config.{path}={value!r}: give {would_do}")
 
 
-def names_in(text: str) -> list[str]:
-  """The names of a field that holds several, with commas between."""
-  return [name.strip() for name in text.split(",") if name.strip()]
-
-
 def create_scheme(config: ml_collections.ConfigDict) -> Scheme:
   """The scheme of a config, with its weights and its pieces."""
   return SCHEMES[config["scheme"]].adjusted(config["loss"]["weights"], config["attack"]["one_in"])

@@ -47,10 +47,14 @@ def not_empty(value: str) -> str | None:
   return None if value.strip() else "a path or an id, or leave it unset"
 
 
+def names_in(text: str) -> list[str]:
+  """The names of a field that holds several with commas between; "" where there is none."""
+  return [name.strip() for name in text.split(",")]
+
+
 def benchmark_names(value: str) -> str | None:
   """Names of benchmarks, with commas between."""
-  names = [name.strip() for name in value.split(",")]
-  return next(filter(None, map(one_of(BENCHMARKS), names)), None)
+  return next(filter(None, map(one_of(BENCHMARKS), names_in(value))), None)
 
 
 def strengths(value: str) -> str | None:

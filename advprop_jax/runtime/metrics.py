@@ -119,7 +119,7 @@ def _drop_from(path: pathlib.Path, first_step: int) -> None:
   text = path.read_text(encoding="utf-8", errors="replace")
   kept = "".join(line for line in text.splitlines(keepends=True) if _is_before(line, first_step))
   if kept != text:
-    _replace(path, kept)
+    _replace(path, kept.encode())
 
 
 def _is_before(line: str, step: int) -> bool:
@@ -273,9 +273,14 @@ def write_json(path: str | os.PathLike, data: Any) -> None:
 
 def write_text(path: str | os.PathLike, text: str) -> None:
   """As `write_json`, of any text."""
+  write_bytes(path, text.encode())
+
+
+def write_bytes(path: str | os.PathLike, content: bytes) -> None:
+  """As `write_json`, of any content."""
   path = pathlib.Path(path)
   try:
-    _replace(path, text)
+    _replace(path, content)
   except OSError as error:
     raise _not_written(path, error) from error
 
@@ -289,11 +294,11 @@ def read_json(path: str | os.PathLike) -> dict:
   return data if isinstance(data, dict) else {}
 
 
-def _replace(path: pathlib.Path, text: str) -> None:
+def _replace(path: pathlib.Path, content: bytes) -> None:
   part = path.with_name(f".{path.name}.{os.getpid()}")
   try:
-    with part.open("w", encoding="utf-8") as file:
-      file.write(text)
+    with part.open("wb") as file:
+      file.write(content)
       file.flush()
       os.fsync(file.fileno())   # or a crash of the machine could leave an empty file of that name
     part.replace(path)

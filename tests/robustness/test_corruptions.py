@@ -11,10 +11,10 @@ import pytest
 from advprop_jax.benchmarks import corruptions
 from advprop_jax.benchmarks.corruptions import corrupt, corrupted
 from advprop_jax.benchmarks.mce import CORRUPTIONS, SETTINGS, SEVERITIES
-from advprop_jax.data.loader import evaluation_batches
 from advprop_jax.data.sources import Source
 from advprop_jax.data.transforms import evaluation_transform
 from advprop_jax.errors import InputError
+from tests.loading import batches_of_workers
 from tests.photographs import encode, photograph
 
 pytest.importorskip("imagecorruptions")
@@ -165,17 +165,10 @@ def test_transform_comes_first():
 def test_worker_processes_make_the_same_batches():
   # One of each kind of generator: numpy's, the package's own, numba's.
   settings = [("snow", 2), ("impulse_noise", 2), ("glass_blur", 2), ("gaussian_noise", 2)]
-  batches = {}
-  for num_workers in (0, 1):
-    everything = corrupted(source(), evaluation_transform(SMALL), settings)
-    batches[num_workers] = list(evaluation_batches(
-        everything, batch_size=5, transform=evaluation_transform(SMALL),
-        num_workers=num_workers, num_threads=2))
-  assert len(batches[0]) == len(batches[1]) == 4
-  for one, other in zip(batches[0], batches[1], strict=True):
-    for name in one:
-      np.testing.assert_array_equal(one[name], other[name])
-  assert np.concatenate([batch["index"] for batch in batches[0]]).tolist() == list(range(20))
+  everything = corrupted(source(), evaluation_transform(SMALL), settings)
+  batches = batches_of_workers(everything, SMALL, 5)
+  assert len(batches) == 4
+  assert np.concatenate([batch["index"] for batch in batches]).tolist() == list(range(20))
 
 
 def test_source_can_be_pickled():
