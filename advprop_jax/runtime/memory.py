@@ -1,19 +1,27 @@
-"""How the C library hands out memory, which is half of a train step's time on the CPU."""
+"""How a CPU program gets its memory, which is up to half of a train step's time."""
 
 import ctypes
 
+import jax
+
 # mallopt's parameters, from glibc's malloc.h.
-_TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3
 _NEVER = 2**31 - 1
+_SPARE = 2**28
 
 
 def keep_freed_memory() -> bool:
-  """Makes malloc keep what is freed, in place of giving it back to the system.
+  """Makes what XLA frees on the CPU stay with this process, in place of going back to the system.
 
   XLA allocates the temporaries of a program afresh at each call. By default glibc maps each large
-  block anew, so that every page of every step is faulted in and cleared by the kernel; a step of
-  EfficientNet-tiny took twice as long (tests/benchmarks/step.py --malloc). The process then keeps
-  its peak memory until it ends. Call it before the first large allocation.
+  block anew, so that every page of every step is faulted in and cleared by the kernel. Only the
+  main thread's heap can keep such blocks, so it is the main thread that must ask for them: on the
+  CPU a program then runs in the call that starts it. (One heap for all threads would do as well,
+  and was 1.6 times slower: its free list is full of what the compiler left, and each of the small
+  blocks of a step is looked for in there.)
+
+  The process keeps its peak memory until it ends. Call it before JAX's first computation; it
+  changes nothing on other platforms. Measured: tests/benchmarks/README.md.
 
   Returns:
     Whether there was anything to set: False where the C library is not glibc.
@@ -22,5 +30,6 @@ def keep_freed_memory() -> bool:
     mallopt = ctypes.CDLL(None).mallopt
   except (OSError, AttributeError):
     return False
+  jax.config.update("jax_cpu_enable_async_dispatch", False)
   return all([mallopt(_MMAP_THRESHOLD, _NEVER), mallopt(_TRIM_THRESHOLD, _NEVER),
-              mallopt(_ARENA_MAX, 1)])
+              mallopt(_TOP_PAD, _SPARE)])
