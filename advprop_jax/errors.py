@@ -6,3 +6,7 @@ class InputError(Exception):
 
   `advprop_jax.main` prints the message without a traceback and exits with code 2.
   """
+
+
+class LocalError(InputError):
+  """Bad input that one process of a pod met while the others go on: the pod cannot."""

@@ -17,7 +17,7 @@ from advprop_jax import predict, trained
 from advprop_jax.benchmarks.contract import Benchmark, Measured, Subject, Surrogate, Unavailable
 from advprop_jax.benchmarks.registry import BENCHMARKS
 from advprop_jax.data.sources import Source
-from advprop_jax.errors import InputError
+from advprop_jax.errors import InputError, LocalError
 from advprop_jax.experiment import (
   Experiment,
   check_classes,
@@ -31,6 +31,7 @@ from advprop_jax.measure import Measurer, row, rows_of_sets
 from advprop_jax.method.schemes import Scheme
 from advprop_jax.models.network import Network
 from advprop_jax.results import results_csv, results_table
+from advprop_jax.runtime import agreement
 from advprop_jax.runtime.fields import names_in
 from advprop_jax.runtime.metrics import write_json, write_text
 from advprop_jax.runtime.workdir import EVALUATED, make_workdir
@@ -190,10 +191,15 @@ def measure(subject: Subject, variables: Mapping[str, Any], measurer: Measurer,
     InputError: nothing could be measured.
   """
   benchmarks, skipped = open_benchmarks(subject)
+  agreement.require_same({"images to evaluate on": {
+      title: len(one.source) for benchmark in benchmarks.values()
+      for title, one in benchmark.passes.items()}})
   results, details = {}, {}
   for name, benchmark in benchmarks.items():
     try:
       measured = run_passes(benchmark, variables, measurer, kept)
+    except LocalError:
+      raise
     except InputError as error:
       skipped[name] = str(error)
       continue
@@ -254,8 +260,8 @@ def conclude(subject: Subject, variables: Mapping[str, Any], weights: Mapping[st
       "data": f"{config.data.name}, {config.data.test_split}", "imagenet": subject.knows_imagenet,
       "imagenet_validation": subject.tests_on_validation,
       "attack": dataclasses.asdict(subject.attack), **measured, "training": training,
-      "evaluation_seconds": round(seconds, 2), "devices": jax.device_count(),
-      "device_kind": jax.devices()[0].device_kind}
+      "evaluation_seconds": round(seconds, 2), "processes": jax.process_count(),
+      "devices": jax.device_count(), "device_kind": jax.devices()[0].device_kind}
   if jax.process_index() == 0:
     name, picture = ("evaluation",) * 2 if training is None else ("summary", "adversarial")
     files = [f"{name}.json", f"{name}.csv"]

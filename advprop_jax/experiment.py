@@ -207,13 +207,13 @@ def resolve(config: ml_collections.ConfigDict,
     InputError: the config cannot work, or its pretrained weights cannot be read.
   """
   config = ml_collections.ConfigDict(config).copy_and_resolve_references()
-  validate(config, jax.device_count())
+  validate(config, jax.device_count(), jax.process_count())
   known = _of_weights(config, workdir)
   for path, value in known.items():
     section, field = path.split(".")
     if config[section][field] is None:
       config[section][field] = value
-  validate(config, jax.device_count())
+  validate(config, jax.device_count(), jax.process_count())
   return ml_collections.FrozenConfigDict(config)
 
 

@@ -11,8 +11,10 @@ from ml_collections import config_flags
 
 from advprop_jax import evaluate, export, inspect, report, train
 from advprop_jax.errors import InputError
+from advprop_jax.runtime import pod
 from advprop_jax.runtime.compilation import keep_compiled
 from advprop_jax.runtime.config import require_known
+from advprop_jax.runtime.faults import Preempted
 from advprop_jax.runtime.memory import keep_freed_memory
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -41,7 +43,9 @@ def main(argv: list[str]) -> None:
   logging.set_verbosity(logging.WARNING)
   verbs = {"train": train.train, "evaluate": evaluate.evaluate,
            "export": export.export, "inspect": inspect.inspect, "report": report.report}
-  verbs[_MODE.value](_CONFIG.value, _WORKDIR.value)
+  with pod.joined():
+    pod.require_same_start(_MODE.value, _CONFIG.value, _WORKDIR.value)
+    verbs[_MODE.value](_CONFIG.value, _WORKDIR.value)
 
 
 def run() -> None:
@@ -55,6 +59,8 @@ def run() -> None:
   except InputError as error:
     print(f"Error: {error}", file=sys.stderr)
     sys.exit(BAD_INPUT)
+  except Preempted as end:
+    print(end, file=sys.stderr)
 
 
 def _parse(argv: list[str]) -> list[str]:

@@ -14,7 +14,7 @@ import pathlib
 import pickle
 import time
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -24,10 +24,11 @@ from flax import traverse_util
 
 from advprop_jax.benchmarks.contract import Pass, Row
 from advprop_jax.data import loader
-from advprop_jax.errors import InputError
+from advprop_jax.data.workers import Batch
+from advprop_jax.errors import InputError, LocalError
 from advprop_jax.method.measure import NEVER, Attacker, measure_step
 from advprop_jax.models.network import Network
-from advprop_jax.runtime import parallel
+from advprop_jax.runtime import agreement, parallel
 from advprop_jax.runtime.metrics import Progress, write_bytes
 from advprop_jax.runtime.workdir import make_workdir
 
@@ -100,7 +101,7 @@ class Measurer:
     """
     settings, given = self._config.eval, self._given(variables, one)
     key = kept and fingerprint(self._model, self._config, one, given)
-    answers = (kept and read_kept(kept, key, len(one.source))) or Answers.none_of(len(one.source))
+    answers = kept_by_first(kept, key, len(one.source))
     batches = self.batches(one)
     first = -(-answers.done // settings.batch_size)
     if answers.done < len(one.source):   # it was kept by batches of another size, perhaps
@@ -108,7 +109,7 @@ class Measurer:
       answers.done = first * settings.batch_size
     progress = _LongProgress(name, len(batches), first, settings.batch_size)
     step, saved, running = self._step(one), time.monotonic(), []
-    for batch in batches.starting_at(first):
+    for batch in _of_this_process(batches.starting_at(first)):
       running.append(step(given, parallel.shard(batch)))
       # One step late, so that the next batch is made and travels while this one is computed.
       while len(running) > (not parallel.wait_each_step()):
@@ -162,6 +163,14 @@ class Measurer:
           measure_step, self._model, domain=one.domain, attacker=attacker,
           axis_name=parallel.AXIS))
     return self._steps[kind]
+
+
+def _of_this_process(batches: Iterator[Batch]) -> Iterator[Batch]:
+  """The batches; of what is wrong with them, the other processes of a pod know nothing."""
+  try:
+    yield from batches
+  except InputError as error:
+    raise (error if agreement.alone() else LocalError(str(error))) from error
 
 
 def row(one: Pass, answers: Answers) -> Row:
@@ -257,9 +266,26 @@ def read_kept(path: pathlib.Path, key: str, images: int) -> Answers | None:
     return None
 
 
+def kept_by_first(path: pathlib.Path | None, key: str | None, images: int) -> Answers:
+  """What process 0 reads by `read_kept`, on every process: it alone writes, at moments of its own.
+
+  Without a path, or anything there, of no image.
+  """
+  none = Answers.none_of(images)
+  if path is None:
+    return none
+  read = (read_kept(path, key, images) if agreement.is_first() else None) or none
+  done = agreement.from_first(read.done)
+  if not done:
+    return none
+  names = ("top1", "top5", "loss", "confidence")
+  return Answers(**agreement.arrays_from_first({name: getattr(read, name) for name in names}),
+                 done=done)
+
+
 def write_kept(path: pathlib.Path, key: str, answers: Answers) -> None:
   """Writes partial results in one piece: whoever is killed here leaves the file before."""
-  if jax.process_index():
+  if not agreement.is_first():
     return
   content = io.BytesIO()
   np.savez(content, key=key, **dataclasses.asdict(answers))
@@ -287,6 +313,7 @@ class _LongProgress:
   """Shows the progress of a pass that has a name, once it takes long."""
 
   def __init__(self, name: str, batches: int, first: int, images: int):
+    name = name if agreement.is_first() else ""
     self._make = lambda step: Progress(batches, step, images, name=name)
     self._name, self._start, self._bar = name, time.monotonic(), None
     if name and 0 < first < batches:

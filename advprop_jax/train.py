@@ -4,6 +4,7 @@ import contextlib
 import functools
 import math
 import os
+import zlib
 from collections.abc import Callable
 
 import jax
@@ -11,7 +12,6 @@ import ml_collections
 
 from advprop_jax.benchmarks.contract import test_pass
 from advprop_jax.data import loader, transforms
-from advprop_jax.errors import InputError
 from advprop_jax.evaluate import conclude, subject_of
 from advprop_jax.experiment import Experiment, create_experiment, fresh_state, initial_state
 from advprop_jax.measure import Measurer, row
@@ -19,10 +19,17 @@ from advprop_jax.method.schemes import SECOND_VIEW
 from advprop_jax.method.state import TrainState
 from advprop_jax.method.step import train_step
 from advprop_jax.models.batch_norm import drop_auxiliary
-from advprop_jax.runtime import parallel
+from advprop_jax.runtime import agreement, parallel
 from advprop_jax.runtime.checkpoint import Checkpoints
+from advprop_jax.runtime.faults import RESUME, NotFinite, Preempted, Preemption, warned_of
 from advprop_jax.runtime.metrics import MetricsWriter, Progress, read_json, table, write_json
-from advprop_jax.runtime.workdir import LATER, make_workdir, refuse_other_config, refuse_other_run
+from advprop_jax.runtime.workdir import (
+  LATER,
+  make_workdir,
+  refuse_other_config,
+  refuse_other_run,
+  require_shared,
+)
 from advprop_jax.trained import BEST_METRIC, write_classes
 
 
@@ -41,27 +48,30 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
     InputError: config, data or workdir cannot work, or the loss is not finite.
   """
   experiment = create_experiment(config, workdir)
+  require_same_data(experiment)
   claim_workdir(experiment, workdir)
   subject = subject_of(experiment)
   measurer, clean = Measurer(experiment.method.model, experiment.config), test_pass(subject)
   with contextlib.ExitStack() as stack:
+    preemption = stack.enter_context(Preemption())
     checkpoints = stack.enter_context(Checkpoints(
         os.path.join(workdir, "checkpoints"), experiment.config.checkpoint.keep, BEST_METRIC))
-    state, batches, weights = start_or_resume(experiment, checkpoints, workdir)
+    batches = open_batches(experiment)
     stack.callback(batches.close)
+    state, skips, weights = start_or_resume(experiment, checkpoints, batches, workdir)
     start = int(state.step)
-    if jax.process_index() == 0:
+    if agreement.is_first():
       print(describe(experiment, state, weights, workdir), flush=True)
-    writer = stack.enter_context(MetricsWriter(workdir, start))
-    progress = stack.enter_context(Progress(
-        experiment.total_steps, start, experiment.config.data.batch_size))
-    state = fit(experiment, state, batches, checkpoints, writer, progress,
-                lambda variables: row(clean, measurer.answers(variables, clean)))
-  training = {"images_per_second": progress.images_per_second(), "start_step": start}
-  if start == experiment.total_steps:  # no step was made; what is known of those that were stays
-    training = read_json(os.path.join(workdir, "summary.json")).get("training") or training
-  return conclude(subject, state.evaluation_variables, weights_of(experiment), workdir, measurer,
-                  training)
+    state, speed = fit_past_faults(
+        experiment, state, batches, checkpoints, preemption, workdir, skips,
+        lambda variables: row(clean, measurer.answers(variables, clean)))
+    preemption.at_once()
+    training = {"images_per_second": speed, "start_step": start}
+    if start == experiment.total_steps:  # no step was made; what is known of those that were stays
+      training = read_json(os.path.join(workdir, "summary.json")).get("training") or training
+    checkpoints.wait()
+    return conclude(subject, state.evaluation_variables, weights_of(experiment), workdir, measurer,
+                    training)
 
 
 def weights_of(experiment: Experiment) -> dict[str, str | int]:
@@ -74,8 +84,44 @@ def weights_of(experiment: Experiment) -> dict[str, str | int]:
           "weights": which}
 
 
+def fit_past_faults(experiment: Experiment, state: TrainState, batches, checkpoints: Checkpoints,
+                    preemption: Preemption, workdir: str, skips: int, evaluate_clean: Callable
+                    ) -> tuple[TrainState, float | None]:
+  """`fit`; a loss that is not finite sends it back, as often as config.train.max_skips says.
+
+  It then goes on from the newest checkpoint with the batch that follows the one of that loss.
+
+  Args:
+    experiment, state, batches, checkpoints, preemption, evaluate_clean: as of `fit`.
+    workdir: for the metrics.
+    skips: how many times the run was sent back before.
+
+  Returns:
+    The state after the last step, and the images per second since the run was last sent back.
+  """
+  first, most = agreement.is_first(), experiment.config.train.max_skips
+  while True:
+    start = int(state.step)
+    with (MetricsWriter(workdir, start, writes=first) as writer,
+          Progress(experiment.total_steps, start, experiment.config.data.batch_size,
+                   shows=first) as progress):
+      try:
+        state = fit(experiment, state, batches, checkpoints, preemption, writer, progress, skips,
+                    evaluate_clean)
+        return state, progress.images_per_second()
+      except NotFinite as error:
+        if skips >= most:
+          raise
+        skips += 1
+        state, _, _ = start_or_resume(experiment, checkpoints, batches, workdir)
+        batches.set_state({"batches": error.batches})
+        progress.note(f"Warning: {error.what}; back to step {int(state.step)}, and past the "
+                      f"batches since ({skips} of at most {most} times)")
+
+
 def fit(experiment: Experiment, state: TrainState, batches, checkpoints: Checkpoints,
-        writer: MetricsWriter, progress: Progress, evaluate_clean: Callable) -> TrainState:
+        preemption: Preemption, writer: MetricsWriter, progress: Progress, skips: int,
+        evaluate_clean: Callable) -> TrainState:
   """Runs the steps from the state's to the last one.
 
   The metrics of a step are read while the next one runs, so that the device never waits for the
@@ -83,22 +129,36 @@ def fit(experiment: Experiment, state: TrainState, batches, checkpoints: Checkpo
 
   Returns:
     The state after the last step, which the newest checkpoint holds too.
+
+  Raises:
+    NotFinite: the loss of a step, or its gradient.
+    Preempted: the run was asked to end, and a checkpoint is written.
   """
-  total, log_every = experiment.total_steps, experiment.config.train.log_every
+  config, total = experiment.config, experiment.total_steps
   eval_every, save_every = experiment.every("eval"), experiment.every("checkpoint")
   step_fn = parallel.pmap(functools.partial(train_step, experiment.method), donate_state=True)
+  tolerant = functools.partial(warned_of, config.checkpoint.on_failure == "continue", progress.note)
+  before = batches.get_state()["batches"] - int(state.step)   # not 0 where batches were left out
+
+  def save(step, results, tolerant):
+    with tolerant():
+      checkpoints.wait()             # for the one before, whose failure need not be this one's
+    with tolerant():
+      checkpoints.save(step, state, {**batches.get_state(), "skips": skips}, config.to_dict(),
+                       results and {BEST_METRIC: results["top1"]})
 
   def record(step, metrics):
     metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
-    require_finite(step, metrics)
+    require_finite(step, metrics, before + step)
     progress.update(step, loss=metrics["loss"])
-    if experiment.due(step, log_every):
+    if experiment.due(step, config.train.log_every):
       speed = progress.images_per_second()
-      writer.write(step, {
-          **{f"train/{name}": value for name, value in metrics.items()},
-          "train/learning_rate": float(experiment.schedule(step - 1)),
-          "train/epoch": step / experiment.steps_per_epoch,
-          **({} if speed is None else {"train/images_per_second": speed})})
+      with tolerant():
+        writer.write(step, {
+            **{f"train/{name}": value for name, value in metrics.items()},
+            "train/learning_rate": float(experiment.schedule(step - 1)),
+            "train/epoch": step / experiment.steps_per_epoch,
+            **({} if speed is None else {"train/images_per_second": speed})})
 
   unread = None
   for step in range(int(state.step) + 1, total + 1):
@@ -108,8 +168,9 @@ def fit(experiment: Experiment, state: TrainState, batches, checkpoints: Checkpo
     if unread:
       record(*unread)
     unread = (step, metrics)
-    evaluate_now = experiment.due(step, eval_every)
-    save_now = experiment.due(step, save_every)
+    stop_now = preemption.reached() and step < total
+    evaluate_now = experiment.due(step, eval_every) and not stop_now
+    save_now = experiment.due(step, save_every) or stop_now
     if evaluate_now or save_now or parallel.wait_each_step():
       record(*unread)
       unread = None
@@ -117,25 +178,33 @@ def fit(experiment: Experiment, state: TrainState, batches, checkpoints: Checkpo
     if evaluate_now:
       with progress.paused():
         results = evaluate_clean(state.evaluation_variables)
-      writer.write(step, {"test/clean_top1": results["top1"], "test/clean_loss": results["loss"]})
+      with tolerant():
+        writer.write(step, {"test/clean_top1": results["top1"], "test/clean_loss": results["loss"]})
     if save_now:
-      checkpoints.save(step, state, batches.get_state(), experiment.config.to_dict(),
-                       results and {BEST_METRIC: results["top1"]})
+      save(step, results, contextlib.nullcontext if stop_now else tolerant)
+    if stop_now:
+      checkpoints.wait()
+      raise Preempted(f"Stopped after step {step} of {total}, whose checkpoint is written; "
+                      f"{RESUME}")
   return state
 
 
-def start_or_resume(experiment: Experiment, checkpoints: Checkpoints, workdir: str):
-  """State and batches of the newest whole checkpoint, or initial ones; and where weights are from.
+def start_or_resume(experiment: Experiment, checkpoints: Checkpoints,
+                    batches: loader.TrainingBatches, workdir: str) -> tuple[TrainState, int, str]:
+  """State of the newest whole checkpoint, or the initial one; skips so far; origin of the weights.
+
+  The batches are put to where that state was.
   """
-  batches = open_batches(experiment)
   restored = checkpoints.restore_latest(
       jax.eval_shape(functools.partial(fresh_state, experiment)))
   if restored is None:
+    batches.set_state({"batches": 0})
     state, weights = initial_state(experiment)
-    return jax.device_put(state, parallel.replicated()), batches, str(weights)
+    return jax.device_put(state, parallel.replicated()), 0, str(weights)
   refuse_other_config(experiment.config, restored.config, workdir, ignored=LATER)
   batches.set_state(restored.iterator)
-  return restored.state, batches, f"those of the checkpoint of step {restored.step}"
+  return (restored.state, restored.iterator.get("skips", 0),
+          f"those of the checkpoint of step {restored.step}")
 
 
 def open_batches(experiment: Experiment) -> loader.TrainingBatches:
@@ -154,6 +223,14 @@ def open_batches(experiment: Experiment) -> loader.TrainingBatches:
       skip_broken=config.data.broken == "skip")
 
 
+def require_same_data(experiment: Experiment) -> None:
+  """Raises an InputError where the processes of a pod do not see the same images."""
+  sources = {"train": experiment.train_source, "test": experiment.test_source}
+  agreement.require_same({
+      **{f"images to {name}": len(source) for name, source in sources.items()},
+      "classes": zlib.crc32("\n".join(experiment.train_source.class_names).encode())})
+
+
 def claim_workdir(experiment: Experiment, workdir: str) -> None:
   """Writes config.json, or checks that the one there is the same; writes classes.json.
 
@@ -161,20 +238,23 @@ def claim_workdir(experiment: Experiment, workdir: str) -> None:
     InputError: workdir cannot be written, or holds a run of another config.
   """
   make_workdir(workdir)
-  if not refuse_other_run(experiment.config, workdir) and jax.process_index() == 0:
+  require_shared(workdir)
+  if not refuse_other_run(experiment.config, workdir) and agreement.is_first():
     write_json(os.path.join(workdir, "config.json"), experiment.config.to_dict())
-  if jax.process_index() == 0:
+  if agreement.is_first():
     write_classes(workdir, experiment.train_source.class_names)
 
 
-def require_finite(step: int, metrics: dict[str, float]) -> None:
-  """Raises an InputError if the loss of a step, or its gradient, is infinite or not a number."""
+def require_finite(step: int, metrics: dict[str, float], batches: int = 0) -> None:
+  """Raises a NotFinite if the loss of a step, or its gradient, is infinite or not a number."""
   if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["gradient_norm"])):
-    what = "gradient" if math.isfinite(metrics["loss"]) else "loss"
+    name = "gradient" if math.isfinite(metrics["loss"]) else "loss"
     parts = ", ".join(f"{name} {value:g}" for name, value in metrics.items()
                       if name.startswith(("loss", "gradient")))
-    raise InputError(f"step {step}: the {what} is not finite ({parts}); the checkpoints before it "
-                     "are kept; try a lower config.optimizer.learning_rate in another --workdir")
+    what = f"step {step}: the {name} is not finite ({parts})"
+    raise NotFinite(f"{what}; the checkpoints before it are kept; try a lower "
+                    "config.optimizer.learning_rate in another --workdir, or "
+                    "config.train.max_skips", what, batches)
 
 
 def describe(experiment: Experiment, state: TrainState, weights: str, workdir: str) -> str:

@@ -115,8 +115,8 @@ def test_resumed_is_never_stopped(undisturbed, tmp_path):
 
   real, calls = train.require_finite, []
 
-  def stop_at_3(step, metrics):
-    real(step, metrics)
+  def stop_at_3(step, metrics, batches):
+    real(step, metrics, batches)
     calls.append(step)
     if step == 3:
       raise Stop

@@ -54,12 +54,13 @@ def flatten(config: ml_collections.ConfigDict | dict, prefix: str = "") -> dict[
   return flat
 
 
-def validate(config: ml_collections.ConfigDict, devices: int = 1) -> None:
+def validate(config: ml_collections.ConfigDict, devices: int = 1, processes: int = 1) -> None:
   """Raises an InputError for the first thing in a config that cannot work.
 
   Args:
     config: a resolved config.
     devices: the number of devices, over all processes, that it is to run on.
+    processes: the number of these.
   """
   values = flatten(config)
   for path in values:
@@ -71,7 +72,7 @@ def validate(config: ml_collections.ConfigDict, devices: int = 1) -> None:
     _check_field(path, field, values[path])
   scheme = create_scheme(config)
   _check_scheme(values, scheme)
-  _check_together(values, devices, scheme)
+  _check_together(values, devices, processes, scheme)
 
 
 def require_known(path: str) -> None:
@@ -180,7 +181,7 @@ def _check_attack(values: dict[str, Any]) -> None:
                        "epsilon; leave it unset, or give another config.eval.attack")
 
 
-def _check_together(values: dict[str, Any], devices: int, scheme: Scheme) -> None:
+def _check_together(values: dict[str, Any], devices: int, processes: int, scheme: Scheme) -> None:
   """Raises an InputError where fields do not fit each other or the devices."""
   _check_attack(values)
   for path, pieces in {
@@ -188,7 +189,7 @@ def _check_together(values: dict[str, Any], devices: int, scheme: Scheme) -> Non
       "eval.batch_size": devices}.items():
     size = values[path]
     if size % pieces:
-      of = f"{devices} devices"
+      of = f"{devices} devices" + (f" of {processes} processes" if processes > 1 else "")
       if path == "data.batch_size":
         of += "".join(f" x {name}={factor}" for name, factor in {
             "train.accumulation": values["train.accumulation"],

@@ -184,6 +184,9 @@ FIELDS = {
     "train.accumulation": Field(1, int, "micro-batches per update", POSITIVE),
     "train.ema_decay": Field(0.9999, float, "of weights and statistics; 0: none",
                              between(0, 1, open_high=True)),
+    "train.max_skips": Field(0, int, "how many times a loss that is not finite sends the run back "
+                             "to its newest checkpoint, past the batches since; 0: it ends",
+                             NOT_NEGATIVE),
     "train.log_every": Field(50, int, "steps between two lines of metrics", POSITIVE),
 
     "eval.batch_size": Field(256, int, "images per step, over all devices", POSITIVE),
@@ -233,5 +236,7 @@ FIELDS = {
     "checkpoint.every_epochs": Field(1.0, float, "between two checkpoints; 0: at the end alone",
                                      NOT_NEGATIVE),
     "checkpoint.every_steps": Field(None, int, "in place of every_epochs", NOT_NEGATIVE),
+    "checkpoint.on_failure": Field("stop", str, "what becomes of a training whose checkpoint or "
+                                   "metrics cannot be written", one_of(("stop", "continue"))),
     "checkpoint.keep": Field(2, int, "newest checkpoints kept, beside the best one", POSITIVE),
 }

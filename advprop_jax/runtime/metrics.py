@@ -33,7 +33,7 @@ class MetricsWriter:
   the metrics of a step before its checkpoint: what is missing then will be done again.
   """
 
-  def __init__(self, workdir: str | os.PathLike, start_step: int = 0):
+  def __init__(self, workdir: str | os.PathLike, start_step: int = 0, writes: bool = True):
     """Opens the files, and takes out of them what will be done again.
 
     Args:
@@ -42,10 +42,14 @@ class MetricsWriter:
         steps > start_step are dropped, and a line that was half-written when the process was
         killed; TensorBoard is told to forget the same steps. From 0 all lines are put aside, in
         metrics.before.jsonl.
+      writes: False for all processes of a run but one: nothing is opened or written.
 
     Raises:
       InputError: the folder cannot be written.
     """
+    self._writes = writes
+    if not writes:
+      return
     workdir = pathlib.Path(workdir)
     first_step = start_step + 1 if start_step else 0   # from 0, step 0 is done again as well
     try:
@@ -78,6 +82,8 @@ class MetricsWriter:
     Raises:
       InputError: the disk is full.
     """
+    if not self._writes:
+      return
     values = {name: float(value) for name, value in scalars.items()}
     line = json.dumps({"step": int(step), **_jsonable(values)}, allow_nan=False)
     try:
@@ -92,6 +98,8 @@ class MetricsWriter:
 
   def write_image(self, step: int, name: str, image: np.ndarray) -> None:
     """Writes one image, (height, width, 3) uint8, to TensorBoard only."""
+    if not self._writes:
+      return
     try:
       self._add_event(step, summary=summary.image(name, np.asarray(image), dataformats="HWC"))
       self._events.flush()
@@ -103,6 +111,8 @@ class MetricsWriter:
 
   def close(self) -> None:
     """Closes the files; nothing is left to write."""
+    if not self._writes:
+      return
     self._lines.close()
     self._events.close()
 
@@ -134,7 +144,7 @@ class Progress:
 
   def __init__(self, total_steps: int, start_step: int = 0, images_per_step: int = 1,
                stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic,
-               name: str = ""):
+               name: str = "", shows: bool = True):
     """Shows the bar.
 
     Args:
@@ -144,7 +154,9 @@ class Progress:
       stream: where to, stderr by default.
       clock: seconds, rising.
       name: of what is done; not set: training, whose updates are steps.
+      shows: False for all processes of a run but one: nothing is printed.
     """
+    self._shows = shows
     self._named = f"{name}, batch" if name else "step"
     self._total, self._images, self._clock = total_steps, images_per_step, clock
     self._stream = stream or sys.stderr
@@ -153,7 +165,7 @@ class Progress:
     self._pauses = 0.0   # seconds of all pauses so far
     self._time = self._line_time = -math.inf   # of the last update, of the last line
     self._bar = None
-    if self._stream.isatty():
+    if shows and self._stream.isatty():
       self._bar = tqdm(total=total_steps, initial=start_step, file=self._stream, dynamic_ncols=True,
                        bar_format=(f"{name} " if name else "") +
                        "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}")
@@ -212,6 +224,8 @@ class Progress:
 
   def note(self, text: str) -> None:
     """Prints a line of its own, without breaking the bar."""
+    if not self._shows:
+      return
     if self._bar is not None:
       self._bar.write(text, file=self._stream)
     else:

@@ -60,6 +60,7 @@ def local_cores() -> int:
 def wait_each_step() -> bool:
   """Whether the host must wait for each step's result before it starts the next one.
 
-  Several virtual CPU devices on few cores deadlock when many steps with collectives are queued.
+  Several virtual CPU devices on few cores, of one process or of several, deadlock when many steps
+  with collectives are queued.
   """
-  return jax.local_device_count() > 1 and jax.default_backend() == "cpu"
+  return jax.device_count() > 1 and jax.default_backend() == "cpu"

@@ -1,10 +1,13 @@
 """The folder of a run, and whether a config is that of the run in it."""
 
 import os
+import pathlib
+import time
 
 import ml_collections
 
 from advprop_jax.errors import InputError
+from advprop_jax.runtime import agreement
 from advprop_jax.runtime.config import differences
 from advprop_jax.runtime.metrics import read_json
 
@@ -12,6 +15,7 @@ LATER = ("eval", "export", "report", "checkpoint")  # sections that may change l
 # Fields besides these that may be others where a run is only evaluated: which images, not how.
 EVALUATED = ("data.name", "data.dir", "data.train_split", "data.test_split", "data.broken",
              "data.crop_fraction")
+SEEN_SECONDS = 10.0                     # in which a shared disk shows a new file everywhere
 SPEED = ("data.num_workers", "data.num_threads")    # fields that change nothing but the speed
 
 
@@ -24,6 +28,31 @@ def make_workdir(workdir: str) -> None:
   except OSError as error:
     raise InputError(f"--workdir={workdir}: cannot be used ({error.strerror}); give a folder that "
                      "can be written") from error
+
+
+def require_shared(workdir: str) -> None:
+  """Raises an InputError, on every process, unless all of a pod see the same folder.
+
+  Args:
+    workdir: is there, and can be written.
+  """
+  if agreement.alone():
+    return
+  token = agreement.from_first(time.time_ns())
+  mark = pathlib.Path(workdir, f".seen_by_all.{token}")
+  if agreement.is_first():
+    mark.touch()
+  agreement.meet("mark")
+  deadline = time.monotonic() + SEEN_SECONDS
+  while not mark.exists() and time.monotonic() < deadline:
+    time.sleep(0.2)
+  unseen = agreement.first_of(None if mark.exists() else str(agreement.process()[0]))
+  if agreement.is_first():
+    mark.unlink()
+  if unseen:
+    raise InputError(f"--workdir={workdir}: process {unseen} does not see what process 0 writes "
+                     "there; give a folder that all processes share, such as a mounted bucket or "
+                     "a network disk")
 
 
 def read_config(workdir: str) -> dict:

@@ -1,0 +1,92 @@
+"""What may happen to a run: a machine taken away, a disk that is full, a loss that is no number.
+
+A pod learns of the first by JAX's preemption notice, which is SIGTERM on any of its processes, and
+agrees on the step to stop after; one process alone hears the signal itself.
+"""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
+
+from jax.experimental import multihost_utils
+
+from advprop_jax.errors import InputError
+from advprop_jax.runtime import agreement
+
+RESUME = "resume with the same command"
+
+
+class Preempted(Exception):
+  """The run was asked to end, and nothing is lost; the message says how far it came."""
+
+
+class NotFinite(InputError):
+  """The loss of a step, or its gradient, is infinite or not a number.
+
+  Attributes:
+    what: the message without advice.
+    batches: how many batches of the data's stream were taken up to that step, itself included.
+  """
+
+  def __init__(self, message: str, what: str, batches: int):
+    super().__init__(message)
+    self.what, self.batches = what, batches
+
+
+@contextlib.contextmanager
+def warned_of(goes_on: bool, say: Callable[[str], None]) -> Iterator[None]:
+  """Makes an InputError within a warning, where the training is to go on."""
+  try:
+    yield
+  except InputError as error:
+    if not goes_on:
+      raise
+    say(f"Warning: {error}")
+
+
+class Preemption:
+  """SIGTERM while it is entered: first noted, for the loop to ask; then, `at_once`, raised.
+
+  Outside of the main thread, which alone hears signals, it does nothing.
+  """
+
+  def __init__(self):
+    self._noticed, self._asked, self._before = False, 0, None
+
+  def __enter__(self) -> "Preemption":
+    if agreement.store() is None:   # in a pod JAX listens
+      self._handle(self._notice)
+    return self
+
+  def __exit__(self, *_) -> None:
+    if self._before is not None:
+      signal.signal(signal.SIGTERM, self._before)
+
+  def _handle(self, handler) -> None:
+    if threading.current_thread() is threading.main_thread():
+      before = signal.signal(signal.SIGTERM, handler)
+      # None is a handler that was not set from Python: JAX's, which there is no way back to.
+      self._before = self._before or before or signal.SIG_DFL
+
+  def _notice(self, number: int, frame: FrameType | None) -> None:
+    self._noticed = True
+
+  def reached(self) -> bool:
+    """Whether to save and end now; every process asks after every step, and gets the same answer.
+    """
+    self._asked += 1                # not the step, which may go back
+    if agreement.store() is None:
+      return self._noticed
+    return multihost_utils.reached_preemption_sync_point(self._asked)
+
+  def at_once(self) -> None:
+    """From now on the signal raises Preempted where it strikes: there is no step to finish."""
+    self._handle(_raise)
+    if self._noticed:
+      _raise(signal.SIGTERM, None)
+
+
+def _raise(number: int, frame: FrameType | None) -> None:
+  raise Preempted(f"Stopped after the last step, before the results were complete; {RESUME}")

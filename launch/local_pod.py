@@ -1,0 +1,118 @@
+"""A pod on this machine: several processes, each with several virtual CPU devices, one command.
+
+  python launch/local_pod.py --processes=2 --devices=2 -- \
+      --config=configs/quickstart.py --workdir=DIR
+
+What follows `--` goes to every process of advprop_jax.main. Lines of output begin with the number
+of their process. When one process fails, the others get some seconds to end by themselves, and are
+killed then. Exit code: that of the process that failed first, 128 + its number for a signal.
+SIGTERM and SIGINT are passed on to all.
+"""
+
+import argparse
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+_NOISE = b"[Gloo] Rank"      # that the library of CPU collectives prints when it has connected
+
+
+def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+  """Own flags, and those of the processes."""
+  argv = list(argv)
+  cut = argv.index("--") if "--" in argv else len(argv)
+  parser = argparse.ArgumentParser(description=__doc__,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--processes", type=_positive, default=2, help="default: 2")
+  parser.add_argument("--devices", type=_positive, default=2,
+                      help="virtual CPU devices of each process; default: 2")
+  parser.add_argument("--grace", type=float, default=15.0, help="seconds that the others have to "
+                      "end by themselves when one has failed; default: 15")
+  parser.add_argument("--module", default="advprop_jax.main", help="what every process runs")
+  return parser.parse_args(argv[:cut]), argv[cut + 1:]
+
+
+def _positive(text: str) -> int:
+  number = int(text)
+  if number < 1:
+    raise argparse.ArgumentTypeError(f"{text}: give at least 1")
+  return number
+
+
+def free_port() -> int:
+  """A port of this machine that nobody listens on."""
+  with socket.create_server(("127.0.0.1", 0)) as server:
+    return server.getsockname()[1]
+
+
+def start(flags: argparse.Namespace, rest: Sequence[str]) -> list[subprocess.Popen]:
+  """Starts the processes; their output, both streams, is a pipe."""
+  port = free_port()
+  environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(flags.devices),
+                 "PYTHONUNBUFFERED": "1"}
+  return [subprocess.Popen(
+      [sys.executable, "-m", flags.module, *rest, f"--coordinator=localhost:{port}",
+       f"--processes={flags.processes}", f"--process_id={index}"],
+      cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+      start_new_session=True) for index in range(flags.processes)]
+
+
+def show(index: int, process: subprocess.Popen) -> None:
+  """Prints what a process prints, line by line, until it has ended."""
+  for line in process.stdout:
+    if not line.startswith(_NOISE):
+      sys.stdout.buffer.write(f"[{index}] ".encode() + line)
+      sys.stdout.buffer.flush()
+
+
+def watch(processes: Sequence[subprocess.Popen], grace: float) -> int:
+  """Waits until all have ended; the exit code.
+
+  Args:
+    processes: as `start` gives them.
+    grace: seconds for the others to end by themselves when one has failed.
+  """
+  failed, deadline = 0, None
+  while any(process.poll() is None for process in processes):
+    bad = next((process.returncode for process in processes if process.returncode), 0)
+    if bad and deadline is None:
+      failed, deadline = bad, time.monotonic() + grace
+    if deadline is not None and time.monotonic() > deadline:
+      for process in processes:
+        if process.poll() is None:
+          process.kill()
+    time.sleep(0.05)
+  failed = failed or next((process.returncode for process in processes if process.returncode), 0)
+  return 128 - failed if failed < 0 else failed
+
+
+def main(argv: Sequence[str]) -> int:
+  """Runs the pod; the exit code."""
+  flags, rest = parse(argv)
+  processes = start(flags, rest)
+
+  def pass_on(number, _):
+    for process in processes:
+      if process.poll() is None:
+        process.send_signal(number)
+
+  for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, pass_on)
+  threads = [threading.Thread(target=show, args=pair) for pair in enumerate(processes)]
+  for thread in threads:
+    thread.start()
+  code = watch(processes, flags.grace)
+  for thread in threads:
+    thread.join()
+  return code
+
+
+if __name__ == "__main__":
+  sys.exit(main(sys.argv[1:]))
