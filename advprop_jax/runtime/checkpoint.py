@@ -21,9 +21,11 @@ from absl import logging as absl_logging
 from etils import epath
 
 from advprop_jax.errors import InputError
+from advprop_jax.runtime import agreement
 from advprop_jax.runtime.integrity import DamagedError, brief, check_tree, verify, write_manifest
 from advprop_jax.runtime.parallel import replicated
 
+SAVING_SECONDS = 300   # for one process of a pod to wait for another, whose disk may be full
 _METRICS = "metrics_of_step"   # "metrics" is a name that Orbax keeps for itself
 
 
@@ -82,6 +84,13 @@ class Checkpoints:
     return self
 
   def __exit__(self, kind, error, traceback) -> None:
+    if error is not None and not agreement.alone():
+      # Others may not be where they would have to be for `close`, or be gone. A save under way needs
+      # nothing of them but their threads.
+      if isinstance(error, InputError) and self._manager is not None:
+        with contextlib.suppress(Exception):
+          self._manager.wait_until_finished()
+      return
     try:
       self.close()
     except InputError:
@@ -92,7 +101,8 @@ class Checkpoints:
     options = ocp.CheckpointManagerOptions(
         create=self._write, cleanup_tmp_directories=self._write,   # what a killed process left
         preservation_policy=_NewestAndBest(self._keep, self._score),
-        async_options=ocp.AsyncOptions(post_finalization_callback=self._write_manifest),
+        async_options=ocp.AsyncOptions(timeout_secs=SAVING_SECONDS,
+                                       post_finalization_callback=self._write_manifest),
         lightweight_initialize=True, save_root_metadata=False)   # nothing of it is needed
     try:
       self._manager = ocp.CheckpointManager(self._directory, options=options)
@@ -138,19 +148,28 @@ class Checkpoints:
         iterator=ocp.args.JsonSave(iterator),
         config=ocp.args.JsonSave(config),
         **{_METRICS: ocp.args.JsonSave(self._metrics[step])})
+    failure = None
     try:
       self._manager.save(step, args=items, force=True)
     except OSError as error:
-      raise self._failed(error) from error
+      failure = error
+    self._raise_if_failed(failure)
     return True
 
   def wait(self) -> None:
-    """Waits until the save under way, if any, is whole on disk; raises InputError if it failed."""
+    """Waits until the save under way, if any, is whole on disk; raises InputError if it failed.
+
+    In a pod it raises on every process if it failed on one.
+    """
+    if self._saving is None:
+      return
+    failure = None
     try:
       if self._manager is not None:
         self._manager.wait_until_finished()
     except Exception as error:   # from threads that only write: of whatever type, it is that
-      raise self._failed(error) from error
+      failure = error
+    self._raise_if_failed(failure)
     self._saving = None
 
   def close(self) -> None:
@@ -162,13 +181,16 @@ class Checkpoints:
         self._manager.close()
         self._manager = None
 
-  def _failed(self, error: Exception) -> InputError:
+  def _raise_if_failed(self, failure: Exception | None) -> None:
+    reason = agreement.first_of(None if failure is None else brief(failure))
+    if reason is None:
+      return
     step, self._saving = self._saving, None
     with contextlib.suppress(InputError):   # nothing can be written now, as the user will be told
       self._open()   # forgets the failed save, and frees what it has taken of the disk
-    return InputError(f"The checkpoint of step {step} could not be written to {self._directory} "
-                      f"({brief(error)}); free some space or choose another --workdir (whole "
-                      f"checkpoints there: {self._listed()}).")
+    raise InputError(f"The checkpoint of step {step} could not be written to {self._directory} "
+                     f"({reason}); free some space or choose another --workdir (whole checkpoints "
+                     f"there: {self._listed()}).") from failure
 
   def _write_manifest(self) -> None:
     # Orbax calls it on process 0 when the items are written and before the folder gets its name, so
@@ -243,7 +265,7 @@ class Checkpoints:
   def _restore_first(self, steps: Sequence[int], abstract_state: Any,
                      partial: bool) -> Restored | None:
     damaged = {}
-    for step in steps:
+    for step in agreement.from_first(list(steps)):
       try:
         restored = self._restore_one(step, abstract_state, partial)
       except DamagedError as error:
@@ -251,6 +273,8 @@ class Checkpoints:
         continue
       for bad, reason in damaged.items():
         aside = self._move_aside(bad) if self._write else ""
+        if not agreement.is_first():
+          continue
         logging.warning("The checkpoint %s is damaged (%s)%s; falling back to step %d.",
                         self._directory / str(bad), reason, aside, step)
       return restored
@@ -262,8 +286,16 @@ class Checkpoints:
 
   def _restore_one(self, step: int, abstract_state: Any, partial: bool) -> Restored:
     directory = self._directory / str(step)
-    # With several hosts process 0 has to look and tell the others, or they would part ways here.
-    verify(directory)
+    # One process looks and tells the others, or they might part ways here.
+    damage = None
+    if agreement.is_first():
+      try:
+        verify(directory)
+      except DamagedError as error:
+        damage = str(error)
+    damage = agreement.from_first(damage)
+    if damage is not None:
+      raise DamagedError(damage)
     place = replicated(jax.devices())
     target = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), abstract_state)
@@ -278,7 +310,9 @@ class Checkpoints:
   def _move_aside(self, step: int) -> str:
     names = (f"{step}.damaged{number or ''}" for number in itertools.count())
     name = next(name for name in names if not (self._directory / name).exists())
-    (self._directory / str(step)).rename(self._directory / name)
+    if agreement.is_first():
+      (self._directory / str(step)).rename(self._directory / name)
+    agreement.meet("moved")
     self._manager.reload()
     return f", moved to {name}"
 

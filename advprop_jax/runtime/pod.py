@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from importlib import metadata
 from typing import NoReturn
@@ -102,10 +103,12 @@ def joined() -> Iterator[None]:
       _exit(words, end if code == 0 else f"Error: {end}", code)
     words.be("")
     raise
-  except jax.errors.JaxRuntimeError as error:
-    if not _OF_ANOTHER.search(str(error)):
-      raise
-    _exit(words, lost(str(error)), LOST)
+  except BaseException as error:   # on its way out Python would wait for the others
+    if isinstance(error, jax.errors.JaxRuntimeError) and _OF_ANOTHER.search(str(error)):
+      _exit(words, lost(str(error)), LOST)
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+      agreement.tell_end(f"process {agreement.process()[0]}: {type(error).__name__}: {error}")
+    _exit(words, traceback.format_exc(), 1)
   words.be("")
 
 

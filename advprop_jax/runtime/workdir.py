@@ -20,11 +20,16 @@ SPEED = ("data.num_workers", "data.num_threads")    # fields that change nothing
 
 
 def make_workdir(workdir: str) -> None:
-  """Makes the folder of a run, unless it is there; an InputError if that cannot be."""
+  """Makes the folder of a run, unless it is there; an InputError if that cannot be, or be written.
+  """
+  if "://" in workdir:
+    raise InputError(f"--workdir={workdir}: is no folder of this machine; mount the bucket, with "
+                     "gcsfuse for instance, and give the folder that it is mounted on")
+  probe = pathlib.Path(workdir, f".writable.{agreement.process()[0]}.{os.getpid()}")
   try:
     os.makedirs(workdir, exist_ok=True)
-    if not os.access(workdir, os.W_OK):
-      raise PermissionError(13, "Permission denied")
+    probe.touch()                  # a mounted bucket without permission says so only then
+    probe.unlink()
   except OSError as error:
     raise InputError(f"--workdir={workdir}: cannot be used ({error.strerror}); give a folder that "
                      "can be written") from error
