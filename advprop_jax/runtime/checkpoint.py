@@ -85,8 +85,8 @@ class Checkpoints:
 
   def __exit__(self, kind, error, traceback) -> None:
     if error is not None and not agreement.alone():
-      # Others may not be where they would have to be for `close`, or be gone. A save under way needs
-      # nothing of them but their threads.
+      # The others may not be where they would have to be for `close`, or be gone. A save under way
+      # needs nothing of them but their threads.
       if isinstance(error, InputError) and self._manager is not None:
         with contextlib.suppress(Exception):
           self._manager.wait_until_finished()

@@ -1,0 +1,115 @@
+"""Pods of two processes on this machine: the numbers of one process, before and after a restart."""
+
+import json
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from tests import pods
+from tests.pods import local_pod, newest, run, single
+
+STEPS = 24
+LENGTH = [f"--config.train.steps={STEPS}", "--config.checkpoint.every_steps=5"]
+SYNCED = "--config.model.bn_group_size=4"
+PARTS = ("params", "batch_stats", "opt_state", "ema")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+  return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def pod(cache, tmp_path_factory):
+  """A run of two processes with two devices each."""
+  workdir = tmp_path_factory.mktemp("pod")
+  return workdir, run(local_pod(2, 2, workdir, *LENGTH, SYNCED), cache)
+
+
+def largest_difference(a, b):
+  """Of all numbers of two states, the steps' included."""
+  assert int(a.step) == int(b.step)
+  leaves = [jax.tree.leaves([getattr(state, part) for part in PARTS]) for state in (a, b)]
+  return max(float(np.abs(np.asarray(x, np.float64) - np.asarray(y, np.float64)).max())
+             for x, y in zip(*leaves, strict=True))
+
+
+def test_two_processes_are_four_devices_are_one(pod, cache, tmp_path):
+  """Fails where shards overlap, gradients are summed over one process alone, or images of the test
+  are counted twice, or not at all: 103 of them in batches of 16.
+  """
+  workdir, _ = pod
+  run(local_pod(1, 4, tmp_path / "four", *LENGTH, SYNCED), cache)
+  run(single(tmp_path / "one", *LENGTH), cache)
+  reference = newest(workdir)
+  results = json.loads((workdir / "summary.json").read_text())["results"]["clean"]
+  assert results["images"] == 103
+  for name in ("four", "one"):
+    other = newest(tmp_path / name)
+    assert largest_difference(reference.state, other.state) < 2e-6
+    assert other.iterator == reference.iterator
+    theirs = json.loads((tmp_path / name / "summary.json").read_text())["results"]["clean"]
+    np.testing.assert_allclose(results["loss"], theirs["loss"], rtol=1e-5)
+  assert largest_difference(reference.state, fresh_like(reference.state)) > 1e-3
+
+
+def fresh_like(state):
+  """What has not been trained: the comparison would find it."""
+  return jax.tree.map(lambda x: x if x.ndim == 0 else np.zeros_like(x), state)
+
+
+def test_one_process_writes_and_talks(pod):
+  """Fails where metrics have a line of each process, or a table is printed by each."""
+  workdir, output = pod
+  steps = [line["step"] for line in pods.lines(workdir) if "train/loss" in line]
+  assert steps == list(range(1, STEPS + 1))
+  assert len(list((workdir / "tensorboard").iterdir())) == 1
+  assert output.count("summary.json, summary.csv") == 1
+  assert {line[:4] for line in output.splitlines()} == {"[0] "}
+  assert json.loads((workdir / "summary.json").read_text())["processes"] == 2
+
+
+def test_two_one_two_processes_over_one_run(pod, cache, tmp_path):
+  """SIGTERM, then another number of processes, twice: the numbers of the run that was left alone.
+
+  Fails where a checkpoint is of a number of processes, where the data does not go on where it was,
+  or where the processes of a pod stop after different steps.
+  """
+  workdir, at = tmp_path / "run", 0
+  for processes in (2, 1, 2):
+    program = pods.start(local_pod(processes, 4 // processes, workdir, *LENGTH, SYNCED,
+                                   module="tests.slowly"), cache)
+    if at < 12:
+      pods.wait_for_step(program, workdir, at + 2)
+      program.send_signal(signal.SIGTERM)
+      output = pods.finish(program)
+      assert "resume with the same command" in output
+      saved = newest(workdir)
+      assert saved.iterator["batches"] == saved.step >= at + 2
+      assert f"Stopped after step {saved.step} of {STEPS}" in output
+      at = saved.step
+    else:
+      output = pods.finish(program)
+  assert newest(workdir).iterator == newest(pod[0]).iterator
+  assert largest_difference(newest(workdir).state, newest(pod[0]).state) < 2e-6
+  assert [line["step"] for line in pods.lines(workdir) if "train/loss" in line] == list(
+      range(1, STEPS + 1))
+
+
+def test_one_process_that_is_told_stops_all_and_the_bits_are_the_same(pod, cache, tmp_path):
+  """Stopped by SIGTERM to process 1 and started again, it is bit for bit the undisturbed run.
+
+  So it is the test of determinism as well: two runs of the same seed and devices.
+  """
+  command = local_pod(2, 2, tmp_path, *LENGTH, SYNCED, module="tests.slowly")
+  program = pods.start(command, cache)
+  pods.wait_for_step(program, tmp_path, 3)
+  os.kill(pods.children(program)[1], signal.SIGTERM)
+  output = pods.finish(program)
+  assert output.count("resume with the same command") == 2
+  assert newest(tmp_path).step < STEPS
+  run(command, cache)
+  jax.tree.map(np.testing.assert_array_equal, newest(tmp_path).state, newest(pod[0]).state)

@@ -1,0 +1,112 @@
+"""Runs of the network of one block in one process or in several, as their own programs."""
+
+import contextlib
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+
+from advprop_jax.experiment import create_experiment, fresh_state
+from advprop_jax.runtime.checkpoint import Checkpoints, Restored
+from advprop_jax.runtime.config import default_config
+from tests import one_block
+from tests.conftest import ROOT
+
+# SGD and an attack without a sign: others make of a rounding error a step of full length.
+FLAGS = ["--config=configs/quickstart.py", "--config.model.name=one_block",
+         "--config.data.train_split=train[:200]", "--config.data.test_split=test[:103]",
+         "--config.data.batch_size=40", "--config.eval.batch_size=16",
+         "--config.eval.benchmarks=clean", "--config.eval.every_epochs=0",
+         "--config.optimizer.name=sgd", "--config.optimizer.schedule=constant",
+         "--config.optimizer.weight_decay_form=l2", "--config.attack.norm=l2",
+         "--config.train.log_every=1"]
+
+
+def environment(cache: pathlib.Path, **more: str) -> dict[str, str]:
+  """Variables of programs that keep what they compile in a folder."""
+  return {**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "true", "PYTHONUNBUFFERED": "1",
+          "JAX_COMPILATION_CACHE_DIR": str(cache),
+          "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", **more}
+
+
+def local_pod(processes: int, devices: int, workdir, *flags: str, module: str = "tests.one_block"
+              ) -> list[str]:
+  """The command of a pod on this machine."""
+  return [sys.executable, "launch/local_pod.py", f"--processes={processes}",
+          f"--devices={devices}", f"--module={module}", "--", *FLAGS, f"--workdir={workdir}",
+          *flags]
+
+
+def single(workdir, *flags: str, module: str = "tests.one_block") -> list[str]:
+  """The command of one process with one device."""
+  return [sys.executable, "-m", module, *FLAGS, f"--workdir={workdir}", *flags]
+
+
+def start(command: list[str], cache: pathlib.Path, **more: str) -> subprocess.Popen:
+  """Starts a program; both its streams are one pipe."""
+  return subprocess.Popen(command, cwd=ROOT, env=environment(cache, **more), text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def finish(process: subprocess.Popen, code: int = 0, seconds: float = 240) -> str:
+  """What a program printed; an AssertionError where its exit code is another."""
+  try:
+    output, _ = process.communicate(timeout=seconds)
+  except subprocess.TimeoutExpired:
+    process.kill()
+    raise
+  assert process.returncode == code, f"exit code {process.returncode}: {output}"
+  return output
+
+
+def run(command: list[str], cache: pathlib.Path, code: int = 0, **more: str) -> str:
+  """Runs a program to its end; as `finish`."""
+  return finish(start(command, cache, **more), code)
+
+
+def lines(workdir: pathlib.Path) -> list[dict]:
+  """The whole lines of a run's metrics."""
+  found = []
+  with contextlib.suppress(FileNotFoundError):
+    for line in (workdir / "metrics.jsonl").read_text().splitlines():
+      with contextlib.suppress(ValueError):
+        found.append(json.loads(line))
+  return found
+
+
+def wait_for_step(process: subprocess.Popen, workdir: pathlib.Path, step: int,
+                  seconds: float = 200) -> None:
+  """Waits until a run that is being made has written the metrics of a step."""
+  deadline = time.monotonic() + seconds
+  while not any(line["step"] >= step for line in lines(workdir)):
+    assert process.poll() is None, process.stdout.read()
+    assert time.monotonic() < deadline, f"step {step} was not reached"
+    time.sleep(0.01)
+
+
+def children(process: subprocess.Popen) -> list[int]:
+  """The processes of a pod on this machine, in their order."""
+  path = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children")
+  return sorted(map(int, path.read_text().split()))
+
+
+def newest(workdir: pathlib.Path) -> Restored:
+  """The newest checkpoint of a run, made with however many devices."""
+  one_block.register()
+  config = default_config()
+  config.update(json.loads((workdir / "config.json").read_text()))
+  config.model.bn_group_size = 1
+  abstract = jax.eval_shape(lambda: fresh_state(create_experiment(config)))
+  with Checkpoints(workdir / "checkpoints", write=False) as checkpoints:
+    return checkpoints.restore_latest(abstract)
+
+
+def free_port() -> int:
+  """A port that nobody listens on."""
+  with socket.create_server(("127.0.0.1", 0)) as server:
+    return server.getsockname()[1]

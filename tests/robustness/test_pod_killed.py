@@ -1,0 +1,89 @@
+"""SIGKILL at 20 random times, of one process and of one in a pod of two: what it costs.
+
+The table that it prints (`pytest -s -m slow tests/robustness/test_pod_killed.py`): of each kill,
+when it was, the last step that was done, the step that the run went on from, how long the others
+needed to end, and how long until a step was done again.
+"""
+
+import os
+import random
+import signal
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from advprop_jax.runtime.metrics import table
+from tests import pods
+
+KILLS, EVERY, STEPS, HEARTBEAT = 20, 5, 1500, 10
+FLAGS = [f"--config.train.steps={STEPS}", f"--config.checkpoint.every_steps={EVERY}"]
+
+
+def last_step(workdir):
+  return max((line["step"] for line in pods.lines(workdir)), default=0)
+
+
+def command_of(processes, workdir):
+  if processes == 1:
+    return pods.single(workdir, *FLAGS)
+  return pods.local_pod(processes, 1, workdir, *FLAGS, f"--heartbeat_timeout={HEARTBEAT}",
+                        "--grace=60")
+
+
+def kill_once(chance, processes, workdir, cache):
+  """Starts the run, and kills it, or a process of it; a row of the table."""
+  program, start = pods.start(command_of(processes, workdir), cache), time.monotonic()
+  before = last_step(workdir)
+  if chance.random() < 0.25:                     # while it starts
+    time.sleep(chance.uniform(0, 8))
+    again = None
+  else:
+    # The metrics of steps that are made again are dropped first, so that the file shrinks.
+    saved = max((int(path.name) for path in (workdir / "checkpoints").glob("*")
+                 if path.name.isdigit()), default=0)
+    kept = os.stat(workdir / "metrics.jsonl").st_ino if before else None
+    deadline = start + 120
+    while time.monotonic() < deadline and not (
+        last_step(workdir) > saved
+        and (before <= saved or os.stat(workdir / "metrics.jsonl").st_ino != kept)):
+      assert program.poll() is None, program.stdout.read()
+      time.sleep(0.01)
+    again = time.monotonic() - start
+    time.sleep(chance.uniform(0, 1.5))
+  assert program.poll() is None, program.stdout.read()
+  victims = pods.children(program) if processes > 1 else [program.pid]
+  if not victims:                                # the launcher has not started them yet
+    victims = [program.pid]
+  reached, killed = last_step(workdir), time.monotonic()
+  os.kill(chance.choice(victims), signal.SIGKILL)
+  output, _ = program.communicate(timeout=120)
+  ended = time.monotonic() - killed
+  assert program.returncode in (-signal.SIGKILL, 128 + signal.SIGKILL), output
+  whole = max((int(path.name) for path in (workdir / "checkpoints").glob("*")
+               if path.name.isdigit()), default=0)
+  return [killed - start, max(reached, last_step(workdir)), whole, ended, again]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_nothing_is_lost_but_the_steps_since_the_last_checkpoint(processes, tmp_path):
+  """Fails where a kill leaves a checkpoint that is half, or a run that cannot go on, or others that
+  hang; and where the end differs by a bit from that of a run that was left alone.
+  """
+  chance, cache, rows = random.Random(processes), tmp_path / "cache", []
+  undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+  pods.run(command_of(processes, undisturbed), cache)
+  for number in range(KILLS):
+    rows.append([number + 1, *kill_once(chance, processes, killed, cache)])
+  print("\n" + table([[cell if cell is None else round(cell, 2) for cell in row] for row in rows], [
+      "kill", "after s", "step done", "goes on from", "others ended s", "step again s"]))
+  # A checkpoint is written while the steps after it are made: the one before may be the newest.
+  assert all(step - whole <= 2 * EVERY for _, _, step, whole, _, _ in rows)
+  assert all(ended < HEARTBEAT + 10 for *_, ended, _ in rows)
+  pods.run(command_of(processes, killed), cache)
+  jax.tree.map(np.testing.assert_array_equal, pods.newest(killed).state,
+               pods.newest(undisturbed).state)
+  assert [line["step"] for line in pods.lines(killed) if "train/loss" in line] == list(
+      range(1, STEPS + 1))
