@@ -34,12 +34,12 @@ def environment(cache: pathlib.Path, **more: str) -> dict[str, str]:
           "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", **more}
 
 
-def local_pod(processes: int, devices: int, workdir, *flags: str, module: str = "tests.one_block"
-              ) -> list[str]:
+def local_pod(processes: int, devices: int, workdir, *flags: str, module: str = "tests.one_block",
+              grace: float = 15) -> list[str]:
   """The command of a pod on this machine."""
   return [sys.executable, "launch/local_pod.py", f"--processes={processes}",
-          f"--devices={devices}", f"--module={module}", "--", *FLAGS, f"--workdir={workdir}",
-          *flags]
+          f"--devices={devices}", f"--module={module}", f"--grace={grace}", "--",
+          *FLAGS, f"--workdir={workdir}", *flags]
 
 
 def single(workdir, *flags: str, module: str = "tests.one_block") -> list[str]:

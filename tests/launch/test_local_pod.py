@@ -11,7 +11,7 @@ import pytest
 from tests import pods
 from tests.pods import local_pod, newest, run, single
 
-STEPS = 24
+STEPS = 60
 LENGTH = [f"--config.train.steps={STEPS}", "--config.checkpoint.every_steps=5"]
 SYNCED = "--config.model.bn_group_size=4"
 PARTS = ("params", "batch_stats", "opt_state", "ema")
@@ -33,8 +33,10 @@ def largest_difference(a, b):
   """Of all numbers of two states, the steps' included."""
   assert int(a.step) == int(b.step)
   leaves = [jax.tree.leaves([getattr(state, part) for part in PARTS]) for state in (a, b)]
-  return max(float(np.abs(np.asarray(x, np.float64) - np.asarray(y, np.float64)).max())
-             for x, y in zip(*leaves, strict=True))
+  largest = max(float(np.abs(np.asarray(x, np.float64) - np.asarray(y, np.float64)).max())
+                for x, y in zip(*leaves, strict=True))
+  print(f"largest difference: {largest:.2g}")
+  return largest
 
 
 def test_two_processes_are_four_devices_are_one(pod, cache, tmp_path):
@@ -72,6 +74,7 @@ def test_one_process_writes_and_talks(pod):
   assert json.loads((workdir / "summary.json").read_text())["processes"] == 2
 
 
+@pytest.mark.slow
 def test_two_one_two_processes_over_one_run(pod, cache, tmp_path):
   """SIGTERM, then another number of processes, twice: the numbers of the run that was left alone.
 
@@ -79,10 +82,10 @@ def test_two_one_two_processes_over_one_run(pod, cache, tmp_path):
   or where the processes of a pod stop after different steps.
   """
   workdir, at = tmp_path / "run", 0
-  for processes in (2, 1, 2):
+  for last, processes in ((False, 2), (False, 1), (True, 2)):
     program = pods.start(local_pod(processes, 4 // processes, workdir, *LENGTH, SYNCED,
                                    module="tests.slowly"), cache)
-    if at < 12:
+    if not last:
       pods.wait_for_step(program, workdir, at + 2)
       program.send_signal(signal.SIGTERM)
       output = pods.finish(program)
@@ -92,13 +95,14 @@ def test_two_one_two_processes_over_one_run(pod, cache, tmp_path):
       assert f"Stopped after step {saved.step} of {STEPS}" in output
       at = saved.step
     else:
-      output = pods.finish(program)
+      pods.finish(program)
   assert newest(workdir).iterator == newest(pod[0]).iterator
   assert largest_difference(newest(workdir).state, newest(pod[0]).state) < 2e-6
   assert [line["step"] for line in pods.lines(workdir) if "train/loss" in line] == list(
       range(1, STEPS + 1))
 
 
+@pytest.mark.slow
 def test_one_process_that_is_told_stops_all_and_the_bits_are_the_same(pod, cache, tmp_path):
   """Stopped by SIGTERM to process 1 and started again, it is bit for bit the undisturbed run.
 

@@ -17,7 +17,7 @@ import pytest
 from advprop_jax.runtime.metrics import table
 from tests import pods
 
-KILLS, EVERY, STEPS, HEARTBEAT = 20, 5, 1500, 10
+KILLS, EVERY, STEPS, HEARTBEAT = 20, 5, 400, 10
 FLAGS = [f"--config.train.steps={STEPS}", f"--config.checkpoint.every_steps={EVERY}"]
 
 
@@ -27,9 +27,9 @@ def last_step(workdir):
 
 def command_of(processes, workdir):
   if processes == 1:
-    return pods.single(workdir, *FLAGS)
+    return pods.single(workdir, *FLAGS, module="tests.slowly")
   return pods.local_pod(processes, 1, workdir, *FLAGS, f"--heartbeat_timeout={HEARTBEAT}",
-                        "--grace=60")
+                        module="tests.slowly", grace=60)
 
 
 def kill_once(chance, processes, workdir, cache):
