@@ -68,7 +68,8 @@ class Preemption:
     if threading.current_thread() is threading.main_thread():
       before = signal.signal(signal.SIGTERM, handler)
       # None is a handler that was not set from Python: JAX's, which there is no way back to.
-      self._before = self._before or before or signal.SIG_DFL
+      if self._before is None:
+        self._before = signal.SIG_DFL if before is None else before
 
   def _notice(self, number: int, frame: FrameType | None) -> None:
     self._noticed = True
