@@ -21,6 +21,7 @@ import time
 from collections.abc import Sequence
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+EFFECTS = (3, -signal.SIGABRT)   # how processes end because another did
 _NOISE = b"[Gloo] Rank"      # that the library of CPU collectives prints when it has connected
 
 
@@ -79,18 +80,26 @@ def watch(processes: Sequence[subprocess.Popen], grace: float) -> int:
     processes: as `start` gives them.
     grace: seconds for the others to end by themselves when one has failed.
   """
-  failed, deadline = 0, None
+  deadline = None
   while any(process.poll() is None for process in processes):
-    bad = next((process.returncode for process in processes if process.returncode), 0)
-    if bad and deadline is None:
-      failed, deadline = bad, time.monotonic() + grace
+    if deadline is None and any(process.returncode for process in processes):
+      time.sleep(0.1)                # for others that fail at the same moment, as cause or effect
+      deadline = time.monotonic() + grace
+      code = first_cause([process.poll() for process in processes])
     if deadline is not None and time.monotonic() > deadline:
       for process in processes:
         if process.poll() is None:
           process.kill()
     time.sleep(0.05)
-  failed = failed or next((process.returncode for process in processes if process.returncode), 0)
-  return 128 - failed if failed < 0 else failed
+  if deadline is None:
+    code = first_cause([process.returncode for process in processes])
+  return 128 - code if code < 0 else code
+
+
+def first_cause(codes: Sequence[int | None]) -> int:
+  """Of exit codes, None for none yet, the one that others may be due to; 0 if none failed."""
+  failed = [code for code in codes if code]
+  return next((code for code in failed if code not in EFFECTS), failed[0] if failed else 0)
 
 
 def main(argv: Sequence[str]) -> int:

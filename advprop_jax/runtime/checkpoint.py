@@ -185,6 +185,9 @@ class Checkpoints:
     reason = agreement.first_of(None if failure is None else brief(failure))
     if reason is None:
       return
+    if "Barrier timed out" in reason:
+      reason = (f"a process did not write its part within {SAVING_SECONDS} s, as where its disk is "
+                "full")
     step, self._saving = self._saving, None
     with contextlib.suppress(InputError):   # nothing can be written now, as the user will be told
       self._open()   # forgets the failed save, and frees what it has taken of the disk

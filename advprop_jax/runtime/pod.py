@@ -52,8 +52,8 @@ LOST = 3                    # exit code of a process that ends because another i
 _LEAVING_SECONDS = 5.0      # for others that end for the same reason
 _SHUTDOWN_SECONDS = 600     # process 0 draws pictures when the others have done
 _NO_POD = "coordinator_address should be defined"   # what JAX says where it finds none
-_OF_ANOTHER = re.compile("Gloo|heartbeat|[Cc]oordination|Socket closed|Connection (reset|closed)|"
-                         "Barrier")
+_OF_ANOTHER = re.compile(r"\bGloo\b|heartbeat|CoordinationService|Socket closed|"
+                         "Connection (reset|closed)|Barrier")
 _SAYS = """
 import signal, sys
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -104,7 +104,8 @@ def joined() -> Iterator[None]:
     words.be("")
     raise
   except BaseException as error:   # on its way out Python would wait for the others
-    if isinstance(error, jax.errors.JaxRuntimeError) and _OF_ANOTHER.search(str(error)):
+    # JAX makes another exception of the same failure where it starts a program than where it waits.
+    if isinstance(error, RuntimeError | ValueError) and _OF_ANOTHER.search(str(error)):
       _exit(words, lost(str(error)), LOST)
     with contextlib.suppress(jax.errors.JaxRuntimeError):
       agreement.tell_end(f"process {agreement.process()[0]}: {type(error).__name__}: {error}")
