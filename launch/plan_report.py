@@ -59,7 +59,8 @@ def text(attempts: Sequence[Attempt], utilisation: float) -> str:
         if not attempt.compiled.fits]]
   if compiled.fits:
     rows += _of_the_program(last, utilisation)
-  rows.append(["compiled", f"in {compiled.compile_seconds:,.0f} s, traced in "
+  rows.append(["compiled", f"in {compiled.compile_seconds:,.0f} s "
+                           f"({compiled.compile_cpu_seconds:,.0f} s of a core), traced in "
                            f"{compiled.lower_seconds:,.0f} s, by "
                            + ", ".join(" ".join(pair) for pair in step_program.versions().items())
                            + ("; kept from then" if last.was_kept else "")])

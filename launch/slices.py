@@ -117,9 +117,11 @@ def open_devices(slice_: Slice) -> list[jax.Device]:
   if importlib.util.find_spec("libtpu") is None:
     raise InputError("libtpu, which compiles for TPUs, is not installed; "
                      "pip install -r launch/requirements-tpu.txt")
-  # It would look for the TPU of this machine first, and complain that there is none.
+  # It would look for the TPU of this machine first, complain that there is none, and let no second
+  # process use it.
   for name, value in {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-                      "TPU_WORKER_HOSTNAMES": "localhost"}.items():
+                      "TPU_WORKER_HOSTNAMES": "localhost",
+                      "ALLOW_MULTIPLE_LIBTPU_LOAD": "true"}.items():
     os.environ.setdefault(name, value)
   jax.config.update("jax_platforms", "cpu")
   options = dict(slice_.generation.options)

@@ -84,6 +84,7 @@ class Compiled:
     collectives: of one step: `hlo.Collective` as dictionaries.
     lower_seconds: of tracing the step.
     compile_seconds: of compiling it.
+    compile_cpu_seconds: the same of all cores together, whatever else they had to do meanwhile.
     refusal: the compiler's words, where it does not fit.
   """
 
@@ -98,6 +99,7 @@ class Compiled:
   collectives: tuple[dict, ...] = ()
   lower_seconds: float = 0.0
   compile_seconds: float = 0.0
+  compile_cpu_seconds: float = 0.0
   refusal: str = ""
 
 
@@ -139,17 +141,21 @@ def compile_step(recipe: Recipe, devices: list[jax.Device], text_file: str | Non
   """
   start = time.perf_counter()
   lowered = lower(recipe, devices)
-  lowering = time.perf_counter() - start
-  start = time.perf_counter()
+  traced, cpu = time.perf_counter(), time.process_time()
+
+  def seconds():
+    return {"lower_seconds": round(traced - start, 1),
+            "compile_seconds": round(time.perf_counter() - traced, 1),
+            "compile_cpu_seconds": round(time.process_time() - cpu, 1)}
+
   try:
     program = lowered.compile()
   except jax.errors.JaxRuntimeError as error:
     refused = refusal(str(error))
     if refused is None:
       raise
-    return dataclasses.replace(refused, lower_seconds=round(lowering, 1),
-                               compile_seconds=round(time.perf_counter() - start, 1))
-  seconds, text = time.perf_counter() - start, program.as_text()
+    return dataclasses.replace(refused, **seconds())
+  taken, text = seconds(), program.as_text()
   if text_file:
     _write(text_file, text)
   memory, counted = program.memory_analysis(), flops.count(text)
@@ -161,8 +167,7 @@ def compile_step(recipe: Recipe, devices: list[jax.Device], text_file: str | Non
              "code": memory.generated_code_size_in_bytes},
       flops=counted.total, flops_once=counted.once, unknown_loops=counted.unknown_loops,
       xla_flops=program.cost_analysis().get("flops"),
-      collectives=tuple(map(dataclasses.asdict, hlo.collectives(text))),
-      lower_seconds=round(lowering, 1), compile_seconds=round(seconds, 1))
+      collectives=tuple(map(dataclasses.asdict, hlo.collectives(text))), **taken)
 
 
 def refusal(message: str) -> Compiled | None:
