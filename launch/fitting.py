@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 import ml_collections
 
 from advprop_jax.experiment import resolve
-from launch.step_program import Compiled, Recipe
+from launch.recipe import Recipe
+from launch.step_program import Compiled
 
 # Batch norms want no fewer images of a chip (configs/imagenet_efficientnet.py, set_chips): below
 # it a gradient computes blocks again, and keeps its images.

@@ -9,7 +9,6 @@ network, no data. Where the step does not fit in the chips' memory, smaller micr
 A compilation takes minutes; its results are kept, and the same command prints them at once.
 """
 
-import importlib.util
 import json
 import pathlib
 import re
@@ -23,9 +22,9 @@ if ROOT not in sys.path:               # started as a script, only its own folde
   sys.path.insert(0, ROOT)
 
 from advprop_jax.errors import InputError  # noqa: E402
-from advprop_jax.experiment import open_split, resolve  # noqa: E402
 from advprop_jax.runtime.config import require_known  # noqa: E402
 from launch import fitting, plan_report, slices, step_program  # noqa: E402
+from launch.recipe import make_recipe, with_chips  # noqa: E402
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "A config file of training; FILE.py:VARIANT passes VARIANT to it, "
@@ -44,8 +43,6 @@ _KEPT = flags.DEFINE_bool("kept", True, "Take results that were kept; --nokept c
 _HLO = flags.DEFINE_string("hlo", None, "File for the text of the last compiled program.")
 
 BAD_INPUT, DOES_NOT_FIT = 2, 1         # exit codes
-IMAGENET = (1000, 1_281_167)           # classes, training images
-DATA = {"imagenet2012": IMAGENET, "imagenet_folder": IMAGENET}
 
 
 def main(argv: list[str]) -> int:
@@ -75,70 +72,6 @@ def main(argv: list[str]) -> int:
   else:
     print(plan_report.text(attempts, _UTILISATION.value))
   return 0 if attempts[-1].compiled.fits else DOES_NOT_FIT
-
-
-def make_recipe(config, slice_: slices.Slice, classes: int | None = None,
-                images: int | None = None) -> step_program.Recipe:
-  """What is to be compiled.
-
-  Args:
-    config: of a training. Weights that it would begin with are not read.
-    slice_: to compile for.
-    classes: of the data; None: as its name says, or as the data says that is here.
-    images: to train on; None as well.
-
-  Raises:
-    InputError: the config cannot work on so many devices, or the data is neither known nor here.
-  """
-  config = config.copy_and_resolve_references()
-  config.model.pretrained = None
-  config = resolve(config, devices=slice_.chips)
-  if None in (classes, images):
-    known = DATA.get(config.data.name)
-    if known is None:
-      try:
-        source = open_split(config.data, config.data.train_split)
-      except InputError as error:
-        raise InputError(f"{error}; or give --classes and --images") from error
-      known = (source.num_classes, len(source))
-    classes, images = classes or known[0], images or known[1]
-  return step_program.Recipe(config, slice_, classes, images)
-
-
-def with_chips(argv: list[str]) -> list[str]:
-  """The arguments, with the slice's number of chips in the config's variant.
-
-  It is added where the config file has a choice of chips, CHOICES["chips"], with this number, and
-  where the variant does not say it.
-  """
-  given = {flag: re.search(rf"^--?{flag}(?:=|\n)(.*)$", "\n".join(argv), re.MULTILINE)
-           for flag in ("config", "topology")}
-  if None in given.values():
-    return argv
-  chips = str(slices.parse_slice(given["topology"].group(1)).chips)
-  path, _, variant = given["config"].group(1).partition(":")
-  choices = _choices(path)
-  words = {word.rpartition("=") for word in variant.split(",")}
-  if chips not in choices.get("chips", ()) or any(
-      name == "chips" or (not name and value in choices["chips"]) for name, _, value in words):
-    return argv
-  old = given["config"].group(1)
-  new = f"{path}:{','.join(filter(None, (variant, f'chips={chips}')))}"
-  return [arg.replace(old, new) if arg in (old, f"--config={old}", f"-config={old}") else arg
-          for arg in argv]
-
-
-def _choices(path: str) -> dict:
-  """CHOICES of a config file; empty where it has none or cannot be read, which is said later."""
-  spec = importlib.util.spec_from_file_location("config_file", path)
-  if spec is None or not pathlib.Path(path).is_file():
-    return {}
-  module = importlib.util.module_from_spec(spec)
-  try:
-    spec.loader.exec_module(module)
-  except Exception:
-    return {}
-  return getattr(module, "CHOICES", {})
 
 
 def run() -> None:

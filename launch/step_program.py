@@ -17,7 +17,6 @@ import time
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 
 import advprop_jax
 from advprop_jax import experiment as experiments
@@ -25,9 +24,10 @@ from advprop_jax.errors import InputError
 from advprop_jax.method.state import create_train_state
 from advprop_jax.method.step import Method, train_step
 from advprop_jax.runtime import flops, hlo, parallel
-from advprop_jax.runtime.config import create_scheme, duration
+from advprop_jax.runtime.config import create_scheme
 from advprop_jax.runtime.metrics import read_json, write_json
 from launch import slices
+from launch.recipe import Recipe
 
 FORMAT = 1                             # of what is kept; another one is compiled again
 # What the step is made of, below the package. What a run does beside it changes no program.
@@ -35,35 +35,6 @@ SOURCES = ("method/*.py", "models/*.py", "runtime/parallel.py", "runtime/config.
            "runtime/hlo.py", "runtime/flops.py", "experiment.py")
 SECTIONS = ("scheme", "seed", "model", "attack", "loss", "optimizer", "train")
 _SIZES = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-
-
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-  """What is to be compiled: a config on a slice, and as much of its data as the step depends on.
-
-  Attributes:
-    config: resolved, for the slice's devices.
-    slice: to compile for.
-    num_classes: of the data.
-    num_images: to train on.
-  """
-
-  config: ml_collections.FrozenConfigDict
-  slice: slices.Slice
-  num_classes: int
-  num_images: int
-
-  @property
-  def at_once(self) -> int:
-    """Images of a chip's micro-batch."""
-    return self.config.data.batch_size // (self.slice.chips * self.config.train.accumulation)
-
-  @property
-  def total_steps(self) -> int:
-    """Updates of the whole training."""
-    scheme = create_scheme(self.config)
-    steps = self.num_images / self.config.data.batch_size
-    return duration(self.config.train, "", steps / scheme.budget if scheme.same_budget else steps)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import pytest
 
 from launch import fitting, slices, step_program
-from launch.plan import make_recipe
+from launch.recipe import make_recipe
 from tests.small_run import make_config
 
 GIB = 2**30

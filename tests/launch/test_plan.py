@@ -13,7 +13,7 @@ import pytest
 from advprop_jax.errors import InputError
 from advprop_jax.method import attack as attacks
 from advprop_jax.runtime.config import default_config
-from launch import fitting, plan, plan_report, slices, step_program
+from launch import fitting, plan_report, recipe, slices, step_program
 from tests.small_run import make_config
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -21,7 +21,7 @@ EFFICIENTNET = str(ROOT / "configs" / "imagenet_efficientnet.py")
 
 
 def recipe_of(changes=None, topology="v5e:1x1"):
-  return plan.make_recipe(make_config(changes), slices.parse_slice(topology), 10, 1000)
+  return recipe.make_recipe(make_config(changes), slices.parse_slice(topology), 10, 1000)
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def compiled():
 
 def test_the_step_compiles_from_shapes(compiled):
   assert compiled.fits
-  assert compiled.collectives == ()
+  assert {found["group"] for found in compiled.collectives} == {1}
   assert compiled.flops > compiled.flops_once > 0
   assert compiled.bytes["arguments"] > 20 * 28 * 28 * 3
   assert compiled.bytes["outputs"] < 1e4  # the state's memory is that of the state given in
@@ -80,7 +80,7 @@ def test_the_compilers_refusals(words, needed, available):
 def test_the_slices_chips_are_chosen():
   """Where the file has that choice, and the variant does not say it."""
   def chosen(config, topology="v5e:4x4"):
-    return plan.with_chips(["plan.py", f"--config={config}", f"--topology={topology}"])[1][9:]
+    return recipe.with_chips(["plan.py", f"--config={config}", f"--topology={topology}"])[1][9:]
 
   assert chosen(EFFICIENTNET + ":b7") == EFFICIENTNET + ":b7,chips=16"
   assert chosen(EFFICIENTNET) == EFFICIENTNET + ":chips=16"
@@ -89,18 +89,18 @@ def test_the_slices_chips_are_chosen():
   assert chosen(EFFICIENTNET + ":b7", "v4:4x4x12") == EFFICIENTNET + ":b7"  # 192 is no choice
   quickstart = str(ROOT / "configs" / "quickstart.py")
   assert chosen(quickstart) == quickstart
-  assert plan.with_chips(["plan.py", "--config", EFFICIENTNET, "--topology", "v5e:2x2"])[2] == (
+  assert recipe.with_chips(["plan.py", "--config", EFFICIENTNET, "--topology", "v5e:2x2"])[2] == (
       EFFICIENTNET + ":chips=4")
 
 
 def test_imagenet_is_known_and_other_data_is_asked_for():
   config = default_config()
   config.data.name, config.data.batch_size = "imagenet2012", 256
-  recipe = plan.make_recipe(config, slices.parse_slice("v5e:1x1"))
-  assert (recipe.num_classes, recipe.num_images) == (1000, 1_281_167)
+  made = recipe.make_recipe(config, slices.parse_slice("v5e:1x1"))
+  assert (made.num_classes, made.num_images) == (1000, 1_281_167)
   config.data.name, config.data.dir = "folder", "/nowhere"
   with pytest.raises(InputError, match="or give --classes and --images"):
-    plan.make_recipe(config, slices.parse_slice("v5e:1x1"))
+    recipe.make_recipe(config, slices.parse_slice("v5e:1x1"))
 
 
 def collective(depth=0, times=1, group=4, size=10**6):
@@ -166,9 +166,9 @@ def test_bad_input_is_one_sentence(arguments, says):
 def test_flops_of_a_loop_are_those_of_its_steps_written_out(monkeypatch):
   """On a slice, by the compiler for TPUs, which does not note how often a loop runs."""
   pytest.importorskip("libtpu", reason="launch/requirements-tpu.txt is not installed")
-  recipe = recipe_of({"attack.num_steps": 3, "data.batch_size": 32}, "v5e:2x2")
-  devices = slices.open_devices(recipe.slice)
-  looped = step_program.compile_step(recipe, devices)
+  small = recipe_of({"attack.num_steps": 3, "data.batch_size": 32}, "v5e:2x2")
+  devices = slices.open_devices(small.slice)
+  looped = step_program.compile_step(small, devices)
 
   def written_out(start, end, body, value):
     for i in range(start, end):
@@ -176,7 +176,7 @@ def test_flops_of_a_loop_are_those_of_its_steps_written_out(monkeypatch):
     return value
 
   monkeypatch.setattr(attacks.jax.lax, "fori_loop", written_out)
-  flat = step_program.compile_step(recipe, devices)
+  flat = step_program.compile_step(small, devices)
   assert looped.flops == pytest.approx(flat.flops, rel=1e-3)
   assert looped.flops_once < 0.7 * looped.flops
   assert looped.xla_flops * looped.flops / looped.flops_once == pytest.approx(
