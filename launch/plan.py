@@ -14,7 +14,7 @@ import pathlib
 import re
 import sys
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 ROOT = str(pathlib.Path(__file__).resolve().parents[1])
@@ -51,6 +51,7 @@ def main(argv: list[str]) -> int:
   for flag in (_CONFIG, _TOPOLOGY):
     if not flag.value:
       raise InputError(f"--{flag.name}: not given; see --help")
+  logging.set_verbosity(logging.WARNING)
   slice_ = slices.parse_slice(_TOPOLOGY.value)
   recipe = make_recipe(_CONFIG.value, slice_, _CLASSES.value, _IMAGES.value)
   devices = slices.open_devices(slice_)
