@@ -55,10 +55,10 @@ supervise() {
 }
 
 status() {
-  if [[ -f "$kept/exit_code" ]]; then
-    echo "status: exit $(cat "$kept/exit_code")"
-  elif alive supervisor; then
+  if alive supervisor; then      # looked at first: it leaves its exit code before it ends
     echo "status: running"
+  elif [[ -f "$kept/exit_code" ]]; then
+    echo "status: exit $(cat "$kept/exit_code")"
   elif [[ -f "$kept/supervisor" ]]; then
     echo "status: exit 137"
   else

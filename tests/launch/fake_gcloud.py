@@ -9,6 +9,7 @@ Files in the folder $CLOUD are the state:
   refuses   what every call ends with
 """
 
+import contextlib
 import json
 import os
 import pathlib
@@ -38,10 +39,8 @@ def end(worker):
   """A machine that goes away: what runs on it is killed, without a word."""
   group = home(worker) / "advprop_jax-run" / "supervisor"
   if group.exists():
-    try:
+    with contextlib.suppress(ProcessLookupError):
       os.killpg(int(group.read_text()), signal.SIGKILL)
-    except ProcessLookupError:
-      pass
 
 
 def lose(how):
