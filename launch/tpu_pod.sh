@@ -42,7 +42,7 @@ ARGUMENTS are those of advprop_jax.main. The workdir lies in a bucket, where eac
 the checkpoints of the last one:
 
   launch/tpu_pod.sh train --name=b0 --zone=us-west4-a --accelerator-type=v5litepod-32 --spot -- \
-    --config=configs/imagenet_efficientnet.py:b0 --workdir=gs://BUCKET/b0 \
+    --config=configs/imagenet_efficientnet.py:b0,chips=32 --workdir=gs://BUCKET/b0 \
     --config.data.dir=gs://BUCKET/tfds
 
 Started again, train looks first: a training that still runs is only watched.
