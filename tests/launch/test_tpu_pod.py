@@ -259,3 +259,14 @@ def test_an_hour_without_network_is_outlived(cloud):
   ran = pod(cloud, "train", *SLICE, *TRAINING)
   assert ran.returncode == 0, ran.stdout + ran.stderr
   assert steps(cloud) == ["create", "send", "install", "start", "delete"]
+
+
+def test_the_readme_shows_what_a_dry_run_prints():
+  """Fails where a command of the script was changed, and its page was not."""
+  text = (ROOT / "launch" / "README.md").read_text()
+  command = re.search(r"^    (launch/tpu_pod\.sh train (?:.*\\\n)*.*)\n", text, re.MULTILINE)[1]
+  shown = re.search(r"<!-- dry run -->\n\n((?:    .*\n)+)", text)[1]
+  words = shlex.split(command.replace("\\\n", ""))
+  words.insert(words.index("--"), "--dry-run")
+  ran = subprocess.run(["bash", *words], cwd=ROOT, capture_output=True, text=True, check=True)
+  assert ran.stdout == re.sub(r"^    ", "", shown, flags=re.MULTILINE)
