@@ -210,7 +210,7 @@ start() {
 
 # Of a worker to which nothing was sent yet, too.
 status() {
-  ssh_command ask all "if [ -e advprop_jax-run ]; then $(on_worker status); \
+  ssh_command ask all "if [ -e advprop_jax/launch/tpu_worker.sh ]; then $(on_worker status); \
 else echo status: none; fi"
 }
 
