@@ -112,7 +112,7 @@ def main(words):
   if int(read("silent") or 0):
     (CLOUD / "silent").write_text(str(int(read("silent")) - 1))
     fail("the network is unreachable")
-  if read("loses"):
+  if read("loses") and "queued-resources" in words:    # not between the two looks of one poll
     lose(read("loses"))
   options = dict(word.split("=", 1) for word in words if word.startswith("--") and "=" in word)
   kind, verb, *names = [word for word in words[2:] if not word.startswith("--")]
