@@ -68,7 +68,7 @@ def environment(cloud):
 
 def pod(cloud, *arguments):
   return subprocess.run(["bash", str(ROOT / "launch" / "tpu_pod.sh"), *arguments], text=True,
-                        capture_output=True, check=False, env=environment(cloud), timeout=60)
+                        capture_output=True, check=False, env=environment(cloud), timeout=300)
 
 
 def calls(cloud):
@@ -231,14 +231,14 @@ def test_train_started_again_watches_the_training_that_runs(cloud):
     assert time.monotonic() < until
     time.sleep(0.05)
   os.killpg(first.pid, signal.SIGINT)
-  said, _ = first.communicate(timeout=60)
+  said, _ = first.communicate(timeout=300)
   assert first.returncode == 130
   assert "the slice goes on, and so does the training" in said
   stopper = subprocess.Popen(["bash", "-c", 'sleep 1; exec "$@"', "-", "bash",
                               str(ROOT / "launch" / "tpu_pod.sh"), "stop", *WHERE],
                              env=environment(cloud), stdout=subprocess.DEVNULL)
   ran = pod(cloud, "train", *SLICE, *TRAINING)
-  stopper.wait(timeout=60)
+  stopper.wait(timeout=300)
   assert ran.returncode == 0, ran.stdout + ran.stderr
   assert steps(cloud) == ["create", "send", "install", "start", "stop", "delete"]
   assert "saved" in ran.stdout
