@@ -6,10 +6,8 @@
 
 import base64
 import io
-import os
 import pathlib
 import re
-import sys
 import time
 
 from PIL import Image
@@ -24,7 +22,6 @@ def execute(notebook, timeout: float = 1800) -> None:
   """Executes a notebook in place, from launch/, as Jupyter would, by the Python that runs this."""
   import nbclient
 
-  os.environ["PATH"] = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
   nbclient.NotebookClient(notebook, timeout=timeout, kernel_name="python3",
                           resources={"metadata": {"path": str(ROOT / "launch")}}).execute()
 
