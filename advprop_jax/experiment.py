@@ -199,21 +199,27 @@ def initial_state(experiment: Experiment) -> tuple[TrainState, Origin]:
           Origin(network, kept))
 
 
-def resolve(config: ml_collections.ConfigDict,
-            workdir: str | None = None) -> ml_collections.FrozenConfigDict:
+def resolve(config: ml_collections.ConfigDict, workdir: str | None = None,
+            devices: int | None = None) -> ml_collections.FrozenConfigDict:
   """A valid frozen config in which what depends on the network and its weights is set.
+
+  Args:
+    config: as it is given.
+    workdir: of the run; None for none.
+    devices: that it is to run on; None for those that are here.
 
   Raises:
     InputError: the config cannot work, or its pretrained weights cannot be read.
   """
   config = ml_collections.ConfigDict(config).copy_and_resolve_references()
-  validate(config, jax.device_count(), jax.process_count())
+  number = (devices, 1) if devices else (jax.device_count(), jax.process_count())
+  validate(config, *number)
   known = _of_weights(config, workdir)
   for path, value in known.items():
     section, field = path.split(".")
     if config[section][field] is None:
       config[section][field] = value
-  validate(config, jax.device_count(), jax.process_count())
+  validate(config, *number)
   return ml_collections.FrozenConfigDict(config)
 
 

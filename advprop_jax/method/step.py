@@ -8,7 +8,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Collection
 
 import jax
 import jax.numpy as jnp
@@ -78,17 +77,17 @@ def train_step(method: Method, state: TrainState, batch: dict) -> tuple[TrainSta
     batch, dropout_key = micro_batch
     parts, batch_stats, gradients, starts = make_parts(
         method, attack, state.params, batch_stats, batch, dropout_key)
-
-    def loss_fn(params):
-      logits, new_stats = forward(method, params, batch_stats, parts, dropout_key)
-      losses = {name: jnp.mean(cross_entropy(logits[name], parts[name]["label"],
-                                             method.label_smoothing)) for name in parts}
-      loss = sum(method.scheme.coefficient(part, part.weight) * losses[part.name]
-                 for part in method.scheme.made)
-      return loss, (new_stats, step_metrics(loss, losses, starts, logits, parts))
-
-    gradient, (new_stats, metrics) = jax.grad(loss_fn, has_aux=True)(state.params)
-    return new_stats, (functools.reduce(optax.tree.add, gradients, gradient), metrics)
+    losses, logits = {}, {}
+    for together in passes(method.scheme, method.model):
+      # One thing after the other, or attack and passes are all in memory: 1.7 times as much.
+      before = [gradients, [part["image"] for part in parts.values()]]
+      own = {name: after(before, parts[name]) for name in together}
+      gradient, (batch_stats, *results) = pass_gradient(
+          method, state.params, batch_stats, own, dropout_key)
+      gradients.append(gradient)
+      losses, logits = losses | results[0], logits | results[1]
+    metrics = step_metrics(method.scheme, losses, starts, logits, parts)
+    return batch_stats, (functools.reduce(optax.tree.add, gradients), metrics)
 
   batch_stats, averages = accumulate(
       micro_step, state.batch_stats, batch, dropout_key, method.accumulation)
@@ -97,6 +96,49 @@ def train_step(method: Method, state: TrainState, batch: dict) -> tuple[TrainSta
     gradient = mean_over_images(gradient, method.scheme)
   metrics["gradient_norm"] = optax.tree.norm(gradient)
   return update(method, state, gradient, batch_stats), metrics
+
+
+def pass_gradient(method: Method, params: dict, batch_stats: dict, parts: dict,
+                  dropout_key: jax.Array) -> tuple[dict, tuple[dict, dict, dict]]:
+  """What the parts of one pass add to the gradient of the summed loss.
+
+  The gradient of a sum is the sum of gradients: taken pass by pass, what a backward pass needs of
+  the forward pass is in memory for one of them at a time.
+
+  Args:
+    method: model, scheme, label smoothing.
+    params: of the model.
+    batch_stats: every domain's collection.
+    parts: {name: {"image": (n, h, w, 3) in [-1, 1], "label": (n,), ...}}.
+    dropout_key: the same for all parts.
+
+  Returns:
+    The gradient by params, the collections with those of the pass moved, {part: its loss} and
+    {part: logits}.
+  """
+  def loss_fn(params):
+    logits, moved = forward(method, params, batch_stats, parts, dropout_key)
+    losses = {name: jnp.mean(cross_entropy(logits[name], part["label"], method.label_smoothing))
+              for name, part in parts.items()}
+    return weighted(method.scheme, losses), (moved, losses, logits)
+
+  return jax.grad(loss_fn, has_aux=True)(params)
+
+
+def after(results, part: dict) -> dict:
+  """A part, with the same values, whose images are there only when all of the results are.
+
+  XLA on the CPU has no optimization_barrier, and orders what is independent as it likes. It does
+  not know that no sum of squares is -1.
+  """
+  nothing = (optax.tree.norm(results, squared=True) == -1).astype(part["image"].dtype)
+  return {**part, "image": part["image"] + nothing}
+
+
+def weighted(scheme: Scheme, losses: dict[str, jax.Array]) -> jax.Array:
+  """The sum of the losses {part: loss}, each with its part's weight."""
+  return sum(scheme.coefficient(part, part.weight) * losses[part.name]
+             for part in scheme.made if part.name in losses)
 
 
 def make_parts(method: Method, attack: Attack, params: dict, batch_stats: dict, batch: dict,
@@ -199,50 +241,48 @@ def attack_and_train(method: Method, attack: Attack, params: dict, batch_stats: 
 
 def forward(method: Method, params: dict, batch_stats: dict, parts: dict,
             dropout_key: jax.Array) -> tuple[dict, dict]:
-  """Logits of some parts and the new running statistics.
+  """Logits of the parts of one pass through the network, and the new running statistics.
 
   Args:
     method: model and scheme.
     params: of the model.
     batch_stats: every domain's collection.
-    parts: {name: {"image": (n, h, w, 3) in [-1, 1], ...}}.
+    parts: {name: {"image": (n, h, w, 3) in [-1, 1], ...}}, one entry of `passes`.
     dropout_key: the same for all parts.
 
   Returns:
     {part: (n, classes)} and the collections, those of the parts' domains moved.
   """
-  logits, params = {}, stop_frozen(params, method.trainable)
-  for collection, together in passes(method.scheme, method.model, parts).items():
-    domains = tuple(dict.fromkeys(part.domain for part in together))
-    # Parts of one domain alternate, so that an image's place does not depend on the devices.
-    images = jnp.concatenate([
-        jnp.stack([parts[part.name]["image"] for part in together if part.domain == domain], 1)
-        for domain in domains])
-    outputs, moved = method.model.apply(
-        {"params": params, **batch_stats}, images.reshape(-1, *images.shape[2:]), domains=domains,
-        train=True, mutable=[collection], rngs={"dropout": dropout_key})
-    batch_stats = {**batch_stats, **moved}
-    outputs = outputs.reshape(len(domains), -1, images.shape[1], outputs.shape[-1])
-    of_domain = [outputs[d, :, k] for d in range(len(domains)) for k in range(images.shape[1])]
-    logits |= zip((part.name for part in together), of_domain, strict=True)
-  return logits, batch_stats
+  model, together = method.model, [part for part in method.scheme.made if part.name in parts]
+  domains = tuple(dict.fromkeys(part.domain for part in together))
+  names = [[part.name for part in together if part.domain == domain] for domain in domains]
+  # Parts of one domain alternate, so that an image's place does not depend on the devices.
+  images = jnp.concatenate([jnp.stack([parts[name]["image"] for name in of_domain], 1)
+                            for of_domain in names])
+  outputs, moved = model.apply(
+      {"params": stop_frozen(params, method.trainable), **batch_stats},
+      images.reshape(-1, *images.shape[2:]), domains=domains, train=True,
+      mutable=[statistics_collection(domain, model.domains, model.share_statistics)
+               for domain in domains], rngs={"dropout": dropout_key})
+  outputs = outputs.reshape(len(domains), -1, images.shape[1], outputs.shape[-1])
+  logits = {name: outputs[d, :, k]
+            for d, of_domain in enumerate(names) for k, name in enumerate(of_domain)}
+  return logits, {**batch_stats, **moved}
 
 
-def passes(scheme: Scheme, model: Network, parts: Collection[str]) -> dict[str, list[Part]]:
-  """Which parts go through the network together: those that are normalised as one batch.
+def passes(scheme: Scheme, model: Network) -> list[list[str]]:
+  """Names of the parts that go through the network together: those normalised as one batch.
 
-  Returns:
-    {collection of running statistics: the parts that move it, those of a domain in a row}. With a
-    batch norm for each domain, that is one pass for each domain: as fast as one of all (measured:
-    tests/benchmarks/step.py), and in less memory.
+  With a batch norm for each domain, that is one pass for each domain: as fast as one of all
+  (measured: tests/benchmarks/README.md), and in less memory.
   """
   together = {}
   for domain in scheme.domains:
     collection = statistics_collection(domain, model.domains, model.share_statistics)
-    of_domain = [part for part in scheme.made if part.domain == domain and part.name in parts]
+    of_domain = [part.name for part in scheme.made if part.domain == domain]
     if of_domain:
       together.setdefault(collection, []).extend(of_domain)
-  return together
+  return list(together.values())
 
 
 def accumulate(micro_step, batch_stats: dict, batch: dict, dropout_key: jax.Array, number: int):
@@ -268,12 +308,12 @@ def update(method: Method, state: TrainState, gradients: dict, batch_stats: dict
                        opt_state=opt_state)
 
 
-def step_metrics(loss: jax.Array, losses: dict, starts: dict, logits: dict, parts: dict) -> dict:
+def step_metrics(scheme: Scheme, losses: dict, starts: dict, logits: dict, parts: dict) -> dict:
   """Scalars of one step, in the training's own terms; the loss is that of all parts and starts."""
   accuracy = {
       f"accuracy/{name}": jnp.mean(jnp.argmax(logits[name], axis=-1) == parts[name]["label"])
       for name in parts}
-  return {"loss": loss + sum(weighted for weighted, _ in starts.values()),
+  return {"loss": weighted(scheme, losses) + sum(part for part, _ in starts.values()),
           **{f"loss/{name}": losses[name] for name in losses},
           **{f"loss/{name}_start": loss for name, (_, loss) in starts.items()}, **accuracy}
 

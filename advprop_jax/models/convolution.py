@@ -23,9 +23,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-# On the CPU: in how many parts a batch is convolved, and is summed up for the weight gradient.
+# On the CPU: in how many parts a batch is convolved; how many pieces of images are added up
+# elementwise for the weight gradient, and from how many values on one image is as many pieces.
 _GROUPS = 4
-_SUMS = 16
+_PIECES = 16
+LARGE = 50_000
 
 
 def kernel_init(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -> jax.Array:
@@ -230,11 +232,12 @@ def depthwise_native(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
       dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
+@functools.partial(jax.jit, static_argnames="stride")
 def depthwise_shifted(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
   """`depthwise` as a sum over the kernel's taps, in float32: the form for the CPU."""
   size = len(kernel)
   height, width = _result_size(x.shape, stride)
-  taps = kernel.astype(jnp.float32)
+  taps = _wide(kernel)
 
   def convolve(images):
     images = _padded(images, size, stride)
@@ -244,9 +247,10 @@ def depthwise_shifted(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array
   return _in_groups(convolve, x).astype(x.dtype)
 
 
+@functools.partial(jax.jit, static_argnames=("stride", "shape"))
 def _shifted_input_gradient(gradient, kernel, stride, shape):
   """Each of the stride x stride phases of the image is a sum over the taps that reach it."""
-  size, taps = len(kernel), kernel.astype(jnp.float32)
+  size, taps = len(kernel), _wide(kernel)
   (top, _), (left, _) = (_padding(length, size, stride) for length in shape[1:3])
   height, width = _result_size(shape, stride)
   # Row r of the image meets tap i in row (r + top - i) / stride of the result: from -margin on.
@@ -257,10 +261,11 @@ def _shifted_input_gradient(gradient, kernel, stride, shape):
                      height, width, 1) * taps[i, j, 0]
              for i in range(size) if (p + top - i) % stride == 0
              for j in range(size) if (q + left - j) % stride == 0]
-    return sum(terms) if terms else jnp.zeros((len(gradient), height, width, shape[3]))
+    nothing = jnp.zeros((len(gradient), height, width, shape[3]), gradient.dtype)
+    return sum(terms) if terms else nothing
 
   def convolve(gradient):
-    gradient = jnp.pad(gradient.astype(jnp.float32), ((0, 0), *[(margin, margin)] * 2, (0, 0)))
+    gradient = jnp.pad(_wide(gradient), ((0, 0), *[(margin, margin)] * 2, (0, 0)))
     rows = [jnp.stack([phase(gradient, p, q) for q in range(stride)], 3) for p in range(stride)]
     image = jnp.stack(rows, 2).reshape(-1, height * stride, width * stride, shape[3])
     return image[:, :shape[1], :shape[2]]
@@ -268,24 +273,37 @@ def _shifted_input_gradient(gradient, kernel, stride, shape):
   return _in_groups(convolve, gradient)
 
 
+@functools.partial(jax.jit, static_argnames=("stride", "shape"))
 def _shifted_kernel_gradient(gradient, x, stride, shape):
-  """Per tap: the channels' inner products of the gradient and the shifted image."""
+  """Per tap: the channels' inner products of the gradient and the shifted image.
+
+  A few images at a time, or one large one, so that all taps find them in the cache. XLA's reduction
+  of a 4-d window is slow on the CPU: pieces of equal size are added up elementwise, and a matrix
+  product does the rest.
+  """
   size, (height, width) = shape[0], _result_size(x.shape, stride)
-  images = _groups(_padded(x, size, stride), _SUMS)
-  gradient = _groups(gradient.astype(jnp.float32), _SUMS)
+  large = height * width * shape[3] > LARGE
+  bands = max(n for n in range(1, _PIECES + 1) if height % n == 0) if large else 1
+  rows, images = height // bands, 1 if large else _PIECES
 
-  def row(i):
-    rows = jax.lax.dynamic_slice_in_dim(images, i, (height - 1) * stride + 1, 2)
-    return jnp.stack([tap(rows, j) for j in range(size)])
+  def tap(x, gradient, i, j):
+    products = sum(
+        _window(image, i + band * rows * stride, j, rows, width, stride)
+        * _window(of_image, band * rows, 0, rows, width, 1)
+        for image, of_image in zip(x, gradient, strict=True)
+        for band in range(bands)).reshape(-1, shape[3])
+    return (jnp.ones((1, len(products)), products.dtype) @ products)[0]
 
-  def tap(rows, j):
-    # XLA's reduction of a 4-d window is slow on the CPU: add up the groups elementwise, and leave
-    # the rest to a matrix product.
-    products = sum(_window(rows[group], 0, j, height, width, stride) * gradient[group]
-                   for group in range(len(images))).reshape(-1, shape[3])
-    return (jnp.ones((1, len(products))) @ products)[0]
+  def add(total, group):
+    # Image by image, (1, h, w, c) each.
+    x = jnp.split(_padded(group[0], size, stride), images)
+    gradient = jnp.split(_wide(group[1]), images)
+    return total + jnp.stack([tap(x, gradient, i, j)
+                              for i in range(size) for j in range(size)]), None
 
-  return jax.lax.map(row, jnp.arange(size)).reshape(shape)
+  zeros = jnp.zeros((size * size, shape[3]), jnp.promote_types(x.dtype, jnp.float32))
+  total, _ = jax.lax.scan(add, zeros, (_groups(x, images), _groups(gradient, images)))
+  return total.reshape(shape)
 
 
 def _in_groups(function, x):
@@ -294,18 +312,16 @@ def _in_groups(function, x):
   The loop is a fence: without it XLA, which keeps no optimization_barrier on the CPU, computes all
   taps again in each of the operations that read the result.
   """
-  y = jax.lax.map(function, _groups(x, _GROUPS))
+  # In a program that is exported for any n, groups of one image: those need no arithmetic of n.
+  images = 1 if jax.export.is_symbolic_dim(x.shape[0]) else -(-len(x) // _GROUPS)
+  y = jax.lax.map(function, _groups(x, images))
   return y.reshape(-1, *y.shape[2:])[:x.shape[0]]
 
 
-def _groups(x, groups):
-  """(n, ...) -> (at most `groups`, images of a group, ...), filled up with zeros.
-
-  In a program that is exported for any n, groups of one image: those need no arithmetic of n.
-  """
-  if jax.export.is_symbolic_dim(x.shape[0]):
+def _groups(x, images):
+  """(n, ...) -> (groups, images of a group, ...), filled up with zeros."""
+  if images == 1:
     return x[:, None]
-  images = -(-len(x) // groups)
   missing = -len(x) % images
   if missing:
     x = jnp.pad(x, ((0, missing), *[(0, 0)] * (x.ndim - 1)))
@@ -315,7 +331,12 @@ def _groups(x, groups):
 def _padded(x, size, stride):
   """The images in float32, padded as 'SAME' wants it."""
   padding = [_padding(length, size, stride) for length in x.shape[1:3]]
-  return jnp.pad(x.astype(jnp.float32), ((0, 0), *padding, (0, 0)))
+  return jnp.pad(_wide(x), ((0, 0), *padding, (0, 0)))
+
+
+def _wide(x):
+  """x in the type that sums are taken in: float32, or float64 where x has it."""
+  return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _padding(length, size, stride):
@@ -330,4 +351,5 @@ def _result_size(shape, stride):
 
 def _window(image, i, j, height, width, stride):
   """Every stride-th pixel from row i, column j on: (n, height, width, c)."""
-  return image[:, i:i + (height - 1) * stride + 1:stride, j:j + (width - 1) * stride + 1:stride]
+  ends = (len(image), i + (height - 1) * stride + 1, j + (width - 1) * stride + 1, image.shape[3])
+  return jax.lax.slice(image, (0, i, j, 0), ends, (1, stride, stride, 1))

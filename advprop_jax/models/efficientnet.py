@@ -14,6 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from advprop_jax.models.activation import swish
 from advprop_jax.models.batch_norm import BatchNorm
 from advprop_jax.models.convolution import Convolution, Depthwise, Pointwise
 from advprop_jax.models.dropout import Dropout
@@ -57,7 +58,7 @@ class Architecture:
   drop_path_rate: float = 0.2
   stem_stride: int = 2
   squeeze_excite: float = 0.25
-  activation: Callable[[jax.Array], jax.Array] = nn.swish
+  activation: Callable[[jax.Array], jax.Array] = swish
   norm_momentum: float = 0.99
 
   @property

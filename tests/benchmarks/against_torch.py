@@ -20,6 +20,7 @@ from tests.benchmarks import step as ours
 
 _TORCH = flags.DEFINE_string("torch", "python", "an interpreter with torch and timm")
 _PEER = flags.DEFINE_string("peer", "../shared/peer/torch_advprop.py", "the PyTorch script")
+_PAUSE = 0.5   # seconds before a step: threads of the other side may spin on for a while
 _PAIRS = flags.DEFINE_integer("pairs", 7, "steps of each side")
 
 
@@ -39,6 +40,7 @@ class Peer:
 
   def step(self) -> float:
     """Seconds of one step."""
+    time.sleep(_PAUSE)
     self._process.stdin.write("\n")
     return float(self._process.stdout.readline())
 
@@ -57,6 +59,7 @@ def compare(case: str) -> dict:
       peer.step()
     run()
     for _ in range(_PAIRS.value):
+      time.sleep(_PAUSE)
       start = time.perf_counter()
       run()
       seconds["ours"].append(time.perf_counter() - start)

@@ -4,6 +4,7 @@
   python -m tests.benchmarks.step --network=efficientnet_b0 --size=128 --batch=16
   python -m tests.benchmarks.step --network=resnet_tiny --size=32 --batch=80 --cases=vanilla,fast
   python -m tests.benchmarks.step --malloc        # with the C library's own way with memory
+  python -m tests.benchmarks.step --network=efficientnet_b0 --size=128 --batch=16 --remat
 
 The cases alternate, so that a machine whose speed drifts does so for all of them. Prints one JSON
 line per case: the median of the seconds, and the median of the ratios to the first case.
@@ -15,7 +16,6 @@ import statistics
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
@@ -25,7 +25,7 @@ from advprop_jax.method.attack import Attack
 from advprop_jax.method.optimizer import create_optimizer
 from advprop_jax.method.schemes import SCHEMES
 from advprop_jax.method.state import create_train_state
-from advprop_jax.method.step import Method, forward, train_step
+from advprop_jax.method.step import Method, passes, train_step
 from advprop_jax.runtime import parallel
 from advprop_jax.runtime.memory import keep_freed_memory
 
@@ -38,39 +38,41 @@ _REPEATS = flags.DEFINE_integer("repeats", 7, "rounds")
 _CASES = flags.DEFINE_list("cases", ["vanilla", "pgd1", "pgd1-one", "pgd5"],
                            "vanilla, fast (Fast AdvProp), pgd<steps> (AdvProp), or pgd<steps>-one "
                            "(AdvProp, one pass of both domains)")
+_REMAT = flags.DEFINE_bool("remat", False, "compute what is inside of blocks again")
 _MALLOC = flags.DEFINE_bool("malloc", False, "leave malloc as it is")
 
 
-def forward_in_one_pass(method, params, batch_stats, parts, dropout_key):
-  """`step.forward` as it might be: all domains in one pass of the network."""
-  images = jnp.concatenate([part["image"] for part in parts.values()])
-  logits, moved = method.model.apply(
-      {"params": params, **batch_stats}, images,
-      domains=method.scheme.domains, train=True, mutable=list(batch_stats),
-      rngs={"dropout": dropout_key})
-  return dict(zip(parts, jnp.split(logits, len(parts)), strict=True)), moved
+def one_pass(scheme, model):
+  """`step.passes` as it might be: all domains in one pass of the network."""
+  del model
+  return [[part.name for part in scheme.made]]
 
 
-def create(case: str):
-  """A function that runs one step, and what its compiler knows: seconds, memory."""
+def build(case: str):
+  """The pmapped step of a case, a state, and a mini-batch."""
   scheme = SCHEMES[{"vanilla": "vanilla", "fast": "fast_advprop"}.get(case, "advprop")]
   steps, _, one = (1, "", "") if case in ("vanilla", "fast") else case[3:].partition("-")
   model = models.create_model(_NETWORK.value, _CLASSES.value, scheme.domains, dtype=_DTYPE.value,
-                              axis_name=parallel.AXIS, dropout_rate=0.0, drop_path_rate=0.0)
+                              axis_name=parallel.AXIS, dropout_rate=0.0, drop_path_rate=0.0,
+                              remat=_REMAT.value)
   optimizer = create_optimizer("rmsprop", lambda step: 1e-4, 1e-5, momentum=0.9, rms_decay=0.9,
                                epsilon=1e-3)
   method = Method(model, scheme, Attack(num_steps=int(steps)), optimizer)
-  step_module.forward = forward_in_one_pass if one else forward
+  step_module.passes = one_pass if one else passes
   state = jax.device_put(parallel.run_once(lambda: create_train_state(
       model, optimizer, 0, _SIZE.value, ema=True)), parallel.replicated())
   rng = np.random.default_rng(0)
   batch = parallel.shard({
       "image": rng.integers(0, 256, (_BATCH.value, _SIZE.value, _SIZE.value, 3), np.uint8),
       "label": rng.integers(0, _CLASSES.value, _BATCH.value).astype(np.int32)})
+  return parallel.pmap(functools.partial(train_step, method), donate_state=True), state, batch
 
+
+def create(case: str):
+  """A function that runs one step, and what its compiler knows: seconds, memory."""
+  step, state, batch = build(case)
   start = time.perf_counter()
-  step = parallel.pmap(functools.partial(train_step, method), donate_state=True).lower(
-      state, batch).compile()
+  step = step.lower(state, batch).compile()
   compiling = time.perf_counter() - start
 
   def run():

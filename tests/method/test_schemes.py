@@ -18,7 +18,14 @@ from advprop_jax.method.attack import Attack
 from advprop_jax.method.loss import cross_entropy
 from advprop_jax.method.schemes import SCHEMES, SECOND_VIEW, Part, Scheme
 from advprop_jax.method.state import create_train_state
-from advprop_jax.method.step import Method, attack_images, forward, to_model_units, train_step
+from advprop_jax.method.step import (
+  Method,
+  attack_images,
+  forward,
+  passes,
+  to_model_units,
+  train_step,
+)
 from advprop_jax.models.batch_norm import domains_of_params
 from advprop_jax.models.dropout import image_keys
 from advprop_jax.runtime.config import default_config
@@ -184,7 +191,11 @@ def test_attacking_both_views():
   images, second = (to_model_units(batch[name]) for name in ("image", SECOND_VIEW))
   parts = {part.name: {"image": second if part.source == SECOND_VIEW else images}
            for part in scheme.made}
-  logits, moved = forward(method, state.params, state.batch_stats, parts, jax.random.PRNGKey(0))
+  logits, moved = {}, state.batch_stats
+  for names in passes(scheme, method.model):
+    own, moved = forward(method, state.params, moved, {name: parts[name] for name in names},
+                         jax.random.PRNGKey(0))
+    logits |= own
   expected, expected_moved = method.model.apply(
       state.variables, jnp.concatenate([images, second]), domains=("adversarial",), train=True,
       mutable=["batch_stats_adversarial"])

@@ -17,12 +17,22 @@ import pytest
 from advprop_jax.runtime.metrics import table
 from tests import pods
 
-KILLS, EVERY, STEPS, HEARTBEAT = 20, 5, 400, 10
+KILLS, EVERY, STEPS, HEARTBEAT = 20, 5, 300, 10
 FLAGS = [f"--config.train.steps={STEPS}", f"--config.checkpoint.every_steps={EVERY}"]
 
 
 def last_step(workdir):
   return max((line["step"] for line in pods.lines(workdir)), default=0)
+
+
+def newest_step(workdir):
+  """Of the checkpoints that have their name; 0 for none."""
+  return max((int(path.name) for path in (workdir / "checkpoints").glob("*")
+              if path.name.isdigit()), default=0)
+
+
+def file_number(workdir):
+  return os.stat(workdir / "metrics.jsonl").st_ino
 
 
 def command_of(processes, workdir):
@@ -35,23 +45,19 @@ def command_of(processes, workdir):
 def kill_once(chance, processes, workdir, cache):
   """Starts the run, and kills it, or a process of it; a row of the table."""
   program, start = pods.start(command_of(processes, workdir), cache), time.monotonic()
-  before = last_step(workdir)
+  saved, again = newest_step(workdir), None
   if chance.random() < 0.25:                     # while it starts
-    time.sleep(chance.uniform(0, 8))
-    again = None
+    time.sleep(chance.uniform(0, 6))
   else:
-    # The metrics of steps that are made again are dropped first, so that the file shrinks.
-    saved = max((int(path.name) for path in (workdir / "checkpoints").glob("*")
-                 if path.name.isdigit()), default=0)
-    kept = os.stat(workdir / "metrics.jsonl").st_ino if before else None
-    deadline = start + 120
-    while time.monotonic() < deadline and not (
-        last_step(workdir) > saved
-        and (before <= saved or os.stat(workdir / "metrics.jsonl").st_ino != kept)):
-      assert program.poll() is None, program.stdout.read()
-      time.sleep(0.01)
-    again = time.monotonic() - start
-    time.sleep(chance.uniform(0, 1.5))
+    # The metrics of steps that are made again are dropped first, in another file.
+    before = file_number(workdir) if last_step(workdir) > saved else None
+    for target in (saved + 1, saved + chance.randint(1, 18)):
+      while last_step(workdir) < target or file_number(workdir) == before:
+        assert program.poll() is None, program.stdout.read()
+        assert time.monotonic() - start < 120
+        time.sleep(0.01)
+      again = again or time.monotonic() - start
+    time.sleep(chance.uniform(0, 0.3))
   assert program.poll() is None, program.stdout.read()
   victims = pods.children(program) if processes > 1 else [program.pid]
   if not victims:                                # the launcher has not started them yet
@@ -61,9 +67,7 @@ def kill_once(chance, processes, workdir, cache):
   output, _ = program.communicate(timeout=120)
   ended = time.monotonic() - killed
   assert program.returncode in (-signal.SIGKILL, 128 + signal.SIGKILL), output
-  whole = max((int(path.name) for path in (workdir / "checkpoints").glob("*")
-               if path.name.isdigit()), default=0)
-  return [killed - start, max(reached, last_step(workdir)), whole, ended, again]
+  return [killed - start, max(reached, last_step(workdir)), newest_step(workdir), ended, again]
 
 
 @pytest.mark.slow
@@ -81,6 +85,7 @@ def test_nothing_is_lost_but_the_steps_since_the_last_checkpoint(processes, tmp_
       "kill", "after s", "step done", "goes on from", "others ended s", "step again s"]))
   # A checkpoint is written while the steps after it are made: the one before may be the newest.
   assert all(step - whole <= 2 * EVERY for _, _, step, whole, _, _ in rows)
+  assert rows[-1][3] > KILLS                     # it has come on meanwhile
   assert all(ended < HEARTBEAT + 10 for *_, ended, _ in rows)
   pods.run(command_of(processes, killed), cache)
   jax.tree.map(np.testing.assert_array_equal, pods.newest(killed).state,

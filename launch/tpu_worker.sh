@@ -1,0 +1,81 @@
+#!/usr/bin/env bash
+# What launch/tpu_pod.sh runs on each worker of a slice, where it is sent together with the code.
+#
+#   install        Python and the packages, beside the code
+#   start ARGS...  python -m advprop_jax.main ARGS, detached: it goes on when the connection ends
+#   status         status: none | running | exit CODE; 143 if the machine told all to end, 137 if
+#                  the training is gone without a word
+#   log LINES      how many lines the log has, then those after the first LINES, at most 200
+#   follow         the log as it grows
+#   stop           SIGTERM: checkpoint at the next step, then the end
+set -euo pipefail
+
+code=$(cd "$(dirname "$0")/.." && pwd)
+kept="$code-run"              # not in the code, which is replaced when it is sent again
+mkdir -p "$kept"
+
+alive() {
+  [[ -f "$kept/$1" ]] && kill -0 "$(cat "$kept/$1")" 2>/dev/null
+}
+
+install() {
+  # The images of TPU VMs have an older Python than JAX needs; uv brings one that fits.
+  PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet --user uv
+  python3 -m uv venv --quiet --allow-existing --python '>=3.11' "$kept/venv"
+  python3 -m uv pip install --quiet --python "$kept/venv" 'jax[tpu]' gcsfs \
+    -r "$code/requirements.txt"
+}
+
+start() {
+  if alive supervisor; then
+    echo "it runs already"
+    return
+  fi
+  rm -f "$kept/exit_code"
+  setsid nohup bash "$code/launch/tpu_worker.sh" supervise "$@" >>"$kept/log" 2>&1 </dev/null &
+  echo $! >"$kept/supervisor"
+}
+
+# The training saves at SIGTERM and exits with 0, as it does when all is done. What tells the two
+# apart is that a machine that is taken away sends SIGTERM to this process too.
+supervise() {
+  local ended="" status=0 training
+  trap 'ended=143' TERM
+  cd "$code"
+  "$kept/venv/bin/python" -u -m advprop_jax.main "$@" &
+  training=$!
+  echo "$training" >"$kept/training"
+  wait "$training" || status=$?
+  while kill -0 "$training" 2>/dev/null; do    # the trap ended the wait, not the training
+    status=0
+    wait "$training" || status=$?
+  done
+  echo "${ended:-$status}" >"$kept/exit_code.new"
+  mv "$kept/exit_code.new" "$kept/exit_code"
+}
+
+status() {
+  if alive supervisor; then      # looked at first: it leaves its exit code before it ends
+    echo "status: running"
+  elif [[ -f "$kept/exit_code" ]]; then
+    echo "status: exit $(cat "$kept/exit_code")"
+  elif [[ -f "$kept/supervisor" ]]; then
+    echo "status: exit 137"
+  else
+    echo "status: none"
+  fi
+}
+
+log() {
+  touch "$kept/log"
+  wc -l <"$kept/log" | tr -d ' '
+  tail -n "+$(($1 + 1))" "$kept/log" | tail -n 200
+}
+
+case "${1:-}" in
+  install|start|supervise|status|log) "$@" ;;
+  follow) exec tail -n 100 -F "$kept/log" ;;
+  # To the training alone: its data workers must live until it has saved.
+  stop) if alive training; then kill -TERM "$(cat "$kept/training")"; fi ;;
+  *) echo "tpu_worker.sh: ${1:-nothing}: no such step" >&2; exit 2 ;;
+esac

@@ -1,0 +1,129 @@
+"""What was written for speed is what is plainly written, in float64: results and gradients.
+
+The plain form is the formula, differentiated by JAX, or XLA's own convolution.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from advprop_jax.models import convolution
+from advprop_jax.models.activation import swish
+from advprop_jax.models.batch_norm import affine_map, normalise
+
+TOLERANCE = 1e-10
+
+
+def arrays(*shapes):
+  rng = np.random.default_rng(0)
+  return [jnp.asarray(rng.normal(size=shape)) for shape in shapes]
+
+
+def require_equal(function, plain, *inputs):
+  """Results, and the gradients of all inputs for a random gradient of the results."""
+  y, backward = jax.vjp(function, *inputs)
+  expected, backward_plain = jax.vjp(plain, *inputs)
+  assert y.dtype == jnp.float64
+  np.testing.assert_allclose(y, expected, rtol=TOLERANCE, atol=TOLERANCE)
+  gradient = jnp.asarray(np.random.default_rng(1).normal(size=y.shape))
+  for ours, theirs in zip(backward(gradient), backward_plain(gradient), strict=True):
+    scale = float(jnp.max(jnp.abs(theirs)))
+    np.testing.assert_allclose(ours, theirs, rtol=TOLERANCE, atol=TOLERANCE * scale)
+
+
+@pytest.fixture(autouse=True)
+def float64():
+  with jax.enable_x64(True):
+    yield
+
+
+def normalise_plainly(parts, scale, bias, epsilon, shared):
+  """Ioffe and Szegedy's formulas, for JAX to differentiate."""
+  axes = (0, 1, 2, 3) if shared else (1, 2, 3)
+  mean, var = jnp.mean(parts, axes, keepdims=True), jnp.var(parts, axes, keepdims=True)
+  shape = (len(parts), 1, 1, 1, parts.shape[-1])
+  return ((parts - mean) / jnp.sqrt(var + epsilon)) * scale.reshape(shape) + bias.reshape(shape)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_normalise(shared):
+  """Faults: a gradient that takes the statistics for constants, or that pools domains which have
+  statistics of their own."""
+  def pooled(means):
+    return jnp.broadcast_to(jnp.mean(means, -2, keepdims=True), means.shape) if shared else means
+
+  parts, scale, bias = arrays((2, 3, 4, 5, 6), (2, 6), (2, 6))
+  require_equal(lambda *inputs: normalise(*inputs, 1e-3, pooled)[0],
+                functools.partial(normalise_plainly, epsilon=1e-3, shared=shared),
+                3 * parts + 7, scale, bias)
+
+
+def test_normalise_gives_the_statistics_that_it_used():
+  parts, scale, bias = arrays((2, 3, 4, 5, 6), (2, 6), (2, 6))
+  y, mean, var = normalise(parts, scale, bias, 1e-3, lambda means: means)
+  np.testing.assert_allclose(mean, np.mean(parts, (1, 2, 3)), rtol=1e-12)
+  np.testing.assert_allclose(var, np.var(parts, (1, 2, 3)), rtol=1e-12)
+  expected = affine_map(parts, mean, scale / jnp.sqrt(var + 1e-3), bias)
+  np.testing.assert_allclose(y, expected, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def test_normalise_over_replicas_that_share_statistics():
+  """Two replicas, normalised as one, are one batch; each one's loss counts for all images."""
+  parts, scale, bias, gradient = arrays((2, 6, 4, 5, 3), (2, 3), (2, 3), (2, 6, 4, 5, 3))
+
+  def one(parts, gradient):
+    def pooled(means):
+      return jax.lax.pmean(means, "pair")
+
+    y, backward = jax.vjp(lambda *inputs: normalise(*inputs, 1e-3, pooled)[0], parts, scale, bias)
+    return y, *backward(gradient)
+
+  halves = (jnp.stack(jnp.split(x, 2, axis=1)) for x in (parts, gradient))
+  y, of_parts, of_scale, of_bias = jax.vmap(one, axis_name="pair")(*halves)
+  ours = (jnp.concatenate(list(y), 1), jnp.concatenate(list(of_parts), 1), jnp.sum(of_scale, 0),
+          jnp.sum(of_bias, 0))
+  expected, backward = jax.vjp(
+      functools.partial(normalise_plainly, epsilon=1e-3, shared=False), parts, scale, bias)
+  for mine, theirs in zip(ours, (expected, *backward(gradient)), strict=True):
+    np.testing.assert_allclose(mine, theirs, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def test_swish():
+  x, = arrays((7, 1001))
+  require_equal(swish, jax.nn.silu, 8 * x)
+
+
+# (images, height, width, channels), kernel, stride. The last three are cut into bands of rows.
+DEPTHWISE = [((3, 8, 7, 4), 3, 2), ((17, 6, 5, 4), 5, 1), ((9, 7, 9, 4), 5, 2),
+             ((2, 32, 28, 64), 3, 1), ((3, 21, 25, 130), 5, 1), ((2, 45, 44, 128), 5, 2)]
+
+
+@pytest.mark.parametrize(("shape", "size", "stride"), DEPTHWISE)
+def test_depthwise(shape, size, stride):
+  x, kernel = arrays(shape, (size, size, 1, shape[-1]))
+  require_equal(functools.partial(convolution.depthwise, stride=stride),
+                functools.partial(convolution.depthwise_native, stride=stride), x, kernel)
+
+
+def test_bands_of_rows_are_what_the_last_shapes_are_cut_into():
+  """Or the test above would not reach them."""
+  cut = [-(-height // stride) * -(-width // stride) * channels > convolution.LARGE
+         for (_, height, width, channels), _, stride in DEPTHWISE]
+  assert cut == [False, False, False, True, True, True]
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize(("size", "stride"), [(3, 1), (3, 2), (7, 2)])
+def test_dense(size, stride, symmetric):
+  x, kernel = arrays((3, 11, 8, 5), (size, size, 5, 6))
+  padding = [(size // 2, size // 2)] * 2 if symmetric else "SAME"
+
+  def native(x, kernel):
+    return jax.lax.conv_general_dilated(x, kernel, (stride, stride), padding,
+                                        dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+  require_equal(lambda x, kernel: convolution.dense(x, kernel, stride, symmetric), native,
+                x, kernel)
