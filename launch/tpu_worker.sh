@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # What launch/tpu_pod.sh runs on each worker of a slice, where it is sent together with the code.
 #
-#   install        Python and the packages, beside the code
-#   start ARGS...  python -m advprop_jax.main ARGS, detached: it goes on when the connection ends
+#   install        Python, the packages and gcsfuse, beside the code
+#   start ARGS...  python -m advprop_jax.main ARGS, detached: it goes on when the connection ends;
+#                  the bucket of a workdir gs://BUCKET/FOLDER is mounted first
 #   status         status: none | running | exit CODE; 143 if the machine told all to end, 137 if
 #                  the training is gone without a word
 #   log LINES      how many lines the log has, then those after the first LINES, at most 200
@@ -11,6 +12,7 @@
 set -euo pipefail
 
 code=$(cd "$(dirname "$0")/.." && pwd)
+GCSFUSE=3.11.1
 kept="$code-run"              # not in the code, which is replaced when it is sent again
 mkdir -p "$kept"
 
@@ -24,6 +26,12 @@ install() {
   python3 -m uv venv --quiet --allow-existing --python '>=3.11' "$kept/venv"
   python3 -m uv pip install --quiet --python "$kept/venv" 'jax[tpu]' gcsfs \
     -r "$code/requirements.txt"
+  if ! command -v gcsfuse >/dev/null; then
+    local package="gcsfuse_${GCSFUSE}_amd64.deb"
+    curl --silent --show-error --fail --location --output "$kept/$package" \
+      "https://github.com/GoogleCloudPlatform/gcsfuse/releases/download/v$GCSFUSE/$package"
+    sudo apt-get install --yes --quiet "$kept/$package"
+  fi
 }
 
 start() {
@@ -42,7 +50,11 @@ supervise() {
   local ended="" status=0 training
   trap 'ended=143' TERM
   cd "$code"
-  "$kept/venv/bin/python" -u -m advprop_jax.main "$@" &
+  if ! in_folders "$@"; then
+    leave 2
+    return
+  fi
+  "$kept/venv/bin/python" -u -m advprop_jax.main "${arguments[@]}" &
   training=$!
   echo "$training" >"$kept/training"
   wait "$training" || status=$?
@@ -50,8 +62,46 @@ supervise() {
     status=0
     wait "$training" || status=$?
   done
-  echo "${ended:-$status}" >"$kept/exit_code.new"
+  leave "${ended:-$status}"
+}
+
+leave() {
+  echo "$1" >"$kept/exit_code.new"
   mv "$kept/exit_code.new" "$kept/exit_code"
+}
+
+# Sets arguments to those given, with the folder where the bucket is mounted in place of a workdir
+# of gs://BUCKET/FOLDER: the program writes to folders.
+in_folders() {
+  local argument bucket folder
+  arguments=()
+  for argument in "$@"; do
+    if [[ "$argument" =~ ^--workdir=gs://([^/]+)/*(.*)$ ]]; then
+      bucket="${BASH_REMATCH[1]}" folder="${BASH_REMATCH[2]}"
+      mounted "$bucket" || return
+      argument="--workdir=$kept/buckets/$bucket/$folder"
+    fi
+    arguments+=("$argument")
+  done
+}
+
+# Nothing of the bucket is remembered, as other workers write to it too; and folders are renamed in
+# it, which gcsfuse refuses in a bucket without hierarchical namespace if it is not told to.
+mounted() {
+  local folder="$kept/buckets/$1" probe
+  probe="$folder/.written_by_$(hostname)"
+  mkdir -p "$folder"
+  mountpoint -q "$folder" ||
+    gcsfuse --implicit-dirs --metadata-cache-ttl-secs=0 --rename-dir-limit=1000000 \
+      "$1" "$folder" ||
+    refused "$1" mounted || return
+  { : >"$probe" && rm "$probe"; } || refused "$1" "written to"
+}
+
+refused() {
+  echo "Error: --workdir: the bucket gs://$1 cannot be $2 (why: above); the service account of the" \
+    "slice needs the role Storage Object User on it" >&2
+  return 1
 }
 
 status() {

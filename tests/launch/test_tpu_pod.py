@@ -9,9 +9,9 @@ import os
 import pathlib
 import re
 import shlex
-import shutil
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
@@ -47,7 +47,7 @@ def cloud(tmp_path):
   (folder / "checkpoint").write_text("nothing")
   (folder / "plans").mkdir()
   gcloud = programs / "gcloud"
-  gcloud.write_text(f"#!/bin/sh\nexec {shlex.quote(shutil.which('python3'))} "
+  gcloud.write_text(f"#!/bin/sh\nexec {shlex.quote(sys.executable)} "
                     f"{shlex.quote(str(GCLOUD))} \"$@\"\n")
   trainer = folder / "trainer"
   trainer.write_text(TRAINER)
@@ -56,7 +56,12 @@ def cloud(tmp_path):
   python3.write_text('#!/bin/sh\necho "python3 $*" >>"$HOME/installed"\n'
                      'mkdir -p "$HOME/advprop_jax-run/venv/bin"\n'
                      'cp "$CLOUD/trainer" "$HOME/advprop_jax-run/venv/bin/python"\n')
-  for program in (gcloud, trainer, python3):
+  # gcsfuse BUCKET FOLDER: a folder of the cloud, or a refusal.
+  gcsfuse = programs / "gcsfuse"
+  gcsfuse.write_text('#!/bin/sh\nif [ -e "$CLOUD/forbidden" ]; then echo "Error 403" >&2; exit 1; fi\n'
+                     'for last; do :; done\nrmdir "$last"\nmkdir -p "$CLOUD/bucket"\n'
+                     'ln -s "$CLOUD/bucket" "$last"\necho "$*" >"$HOME/mounted"\n')
+  for program in (gcloud, trainer, python3, gcsfuse):
     program.chmod(0o755)
   return folder
 
@@ -157,8 +162,11 @@ def test_a_training_from_the_request_to_the_deletion(cloud):
   assert "the training has ended" in ran.stdout
   for worker in (0, 1):
     home = cloud / f"slice1-worker{worker}"
+    bucket = home / "advprop_jax-run/buckets/bucket"
     assert (home / "arguments").read_text().splitlines() == [
-      "-u", "-m", "advprop_jax.main", *TRAINING[1:], *odd]
+      "-u", "-m", "advprop_jax.main", TRAINING[1], f"--workdir={bucket}/run", *odd]
+    assert (home / "mounted").read_text().split()[-2:] == ["bucket", str(bucket)]
+    assert not list((cloud / "bucket").iterdir())
     assert (home / "advprop_jax/advprop_jax/main.py").exists()
     assert "requirements.txt" in (home / "installed").read_text()
 
@@ -166,7 +174,8 @@ def test_a_training_from_the_request_to_the_deletion(cloud):
 @pytest.mark.parametrize("how", ["PREEMPTED", "TERMINATED", "SUSPENDED", "FAILED", "GONE"])
 def test_a_lost_slice_is_asked_for_again_and_the_same_command_resumes(cloud, how):
   """Fails where the loop goes on with the dead slice, loses the arguments, or ends."""
-  plan(cloud, f'sleep 0.2; echo {how} >"$CLOUD/loses"; sleep 60', "exit 0")
+  both = 'until [ -e "$CLOUD/slice1-worker1/arguments" ]; do sleep 0.05; done'
+  plan(cloud, f'{both}; echo {how} >"$CLOUD/loses"; sleep 60', "exit 0")
   ran = pod(cloud, "train", *SLICE, "--spot", *TRAINING)
   assert ran.returncode == 0, ran.stdout + ran.stderr
   once = ["send", "install", "start"]
@@ -177,8 +186,8 @@ def test_a_lost_slice_is_asked_for_again_and_the_same_command_resumes(cloud, how
   logs = [(cloud / f"slice{number}-worker0/advprop_jax-run/log").read_text() for number in (1, 2)]
   assert logs == ["resumes from nothing\n", "resumes from 7\n"]
   assert ran.stdout.count("restart 1 of at most 100") == 1
-  first, second = (cloud / f"slice{number}-worker1/arguments" for number in (1, 2))
-  assert first.read_text() == second.read_text()
+  first, second = ((cloud / f"slice{number}-worker1/arguments").read_text() for number in (1, 2))
+  assert first.replace("slice1", "slice2") == second
 
 
 def test_a_training_that_was_told_to_end_is_not_taken_for_finished(cloud):
@@ -198,6 +207,37 @@ def test_bad_input_ends_the_loop_and_the_slice(cloud):
   assert "Error: no such config" in ran.stdout
   assert "refused (exit code 2)" in ran.stderr
   assert steps(cloud) == ["create", "send", "install", "start", "delete"]
+
+
+@pytest.mark.parametrize("how", ["mounted", "written to"])
+def test_a_bucket_without_permission(cloud, how):
+  """Fails where it is found out after the first epoch, is tried a hundred times, or is not named."""
+  if how == "mounted":
+    (cloud / "forbidden").touch()
+  else:
+    (cloud / "bucket").touch()         # no folder: nothing can be written there
+  ran = pod(cloud, "train", *SLICE, *TRAINING)
+  assert ran.returncode == 1
+  assert f"Error: --workdir: the bucket gs://bucket cannot be {how} (why: above)" in ran.stdout
+  assert "refused (exit code 2)" in ran.stderr
+  assert not (cloud / "slice1-worker0/arguments").exists()
+  assert steps(cloud) == ["create", "send", "install", "start", "delete"]
+
+
+def test_gcsfuse_is_installed_where_it_is_missing(cloud):
+  """Fails where a worker without it cannot mount the bucket."""
+  programs = cloud / "programs"
+  (programs / "gcsfuse").rename(cloud / "gcsfuse")
+  (programs / "curl").write_text('#!/bin/sh\necho "curl $*" >>"$HOME/installed"\n')
+  (programs / "sudo").write_text('#!/bin/sh\necho "sudo $*" >>"$HOME/installed"\n'
+                                 'cp "$CLOUD/gcsfuse" "$CLOUD/programs/gcsfuse"\n')
+  for name in ("curl", "sudo"):
+    (programs / name).chmod(0o755)
+  ran = pod(cloud, "train", *SLICE, *TRAINING)
+  assert ran.returncode == 0, ran.stdout + ran.stderr
+  installed = (cloud / "slice1-worker0/installed").read_text()
+  assert re.search(r"curl .*/v([\d.]+)/gcsfuse_\1_amd64\.deb", installed)
+  assert "sudo apt-get install" in installed
 
 
 def test_a_crash_is_tried_again_a_few_times(cloud):
