@@ -23,11 +23,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-# On the CPU: in how many parts a batch is convolved; how many pieces of images are added up
-# elementwise for the weight gradient, and from how many values on one image is as many pieces.
-_GROUPS = 4
+# On the CPU: how many pieces of images are added up elementwise for the weight gradient, and from
+# how many values on one image is as many pieces.
 _PIECES = 16
 LARGE = 50_000
+FEW = 4                                # up to so many channels, those of an image
 
 
 def kernel_init(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -> jax.Array:
@@ -165,16 +165,35 @@ def _dense_backward(stride, symmetric, inputs, gradient):
                 for (first, _), (length, spread) in zip(before, lengths, strict=True)]
     to_kernel = [(first, size - 1 - length + spread - first)
                  for (first, _), (length, spread) in zip(before, lengths, strict=True)]
-    turned = jnp.flip(kernel, (0, 1)).transpose(0, 1, 3, 2)
     of_kernel = _convolve(x.transpose(3, 1, 2, 0), gradient.transpose(1, 2, 0, 3), to_kernel,
-                          rhs_dilation=(stride, stride))
-    return (_convolve(gradient, turned, to_image, lhs_dilation=(stride, stride)),
-            of_kernel.transpose(1, 2, 0, 3))
+                          rhs_dilation=(stride, stride)).transpose(1, 2, 0, 3)
+    if x.shape[3] <= FEW:
+      of_x = _few_channels_gradient(gradient, kernel, stride, x.shape, before)
+    else:
+      turned = jnp.flip(kernel, (0, 1)).transpose(0, 1, 3, 2)
+      of_x = _convolve(gradient, turned, to_image, lhs_dilation=(stride, stride))
+    return of_x, of_kernel
 
   return jax.lax.platform_dependent(*inputs, gradient, cpu=channels_last, default=native)
 
 
 dense.defvjp(_dense_forward, _dense_backward)
+
+
+def _few_channels_gradient(gradient, kernel, stride, shape, padding):
+  """Input gradient of a dense convolution of few channels: one product, and a sum over shifts.
+
+  XLA's fast routine on the CPU does not take results of so few channels: 1.3 to 2 times as long.
+  """
+  taps, margins = _phases(kernel, stride, padding)
+  height, width = gradient.shape[1:3]
+  matrix = jnp.moveaxis(taps, -1, 0).reshape(kernel.shape[3], -1)
+  products = (gradient.reshape(-1, gradient.shape[3]) @ matrix).reshape(
+      *gradient.shape[:3], *taps.shape[:-1])
+  products = jnp.pad(products, ((0, 0), *margins, *[(0, 0)] * 5))
+  phases = sum(_window(products[:, :, :, i, j], i, j, height, width, 1)
+               for i in range(len(taps)) for j in range(taps.shape[1]))
+  return _of_phases(phases.swapaxes(2, 3), shape)
 
 
 def _convolve(x, kernel, padding, window_strides=(1, 1), **dilation):
@@ -244,33 +263,24 @@ def depthwise_shifted(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array
     return sum(_window(images, i, j, height, width, stride) * taps[i, j, 0]
                for i in range(size) for j in range(size))
 
-  return _in_groups(convolve, x).astype(x.dtype)
+  return _apart(convolve, x, kernel).astype(x.dtype)
 
 
 @functools.partial(jax.jit, static_argnames=("stride", "shape"))
 def _shifted_input_gradient(gradient, kernel, stride, shape):
-  """Each of the stride x stride phases of the image is a sum over the taps that reach it."""
-  size, taps = len(kernel), _wide(kernel)
-  (top, _), (left, _) = (_padding(length, size, stride) for length in shape[1:3])
+  """A sum over shifts of the gradient, for all phases of the image at once."""
+  padding = [_padding(length, len(kernel), stride) for length in shape[1:3]]
+  taps, margins = _phases(_wide(kernel), stride, padding)
   height, width = _result_size(shape, stride)
-  # Row r of the image meets tap i in row (r + top - i) / stride of the result: from -margin on.
-  margin = (size - 1) // stride + 1
-
-  def phase(gradient, p, q):
-    terms = [_window(gradient, margin + (p + top - i) // stride, margin + (q + left - j) // stride,
-                     height, width, 1) * taps[i, j, 0]
-             for i in range(size) if (p + top - i) % stride == 0
-             for j in range(size) if (q + left - j) % stride == 0]
-    nothing = jnp.zeros((len(gradient), height, width, shape[3]), gradient.dtype)
-    return sum(terms) if terms else nothing
 
   def convolve(gradient):
-    gradient = jnp.pad(_wide(gradient), ((0, 0), *[(margin, margin)] * 2, (0, 0)))
-    rows = [jnp.stack([phase(gradient, p, q) for q in range(stride)], 3) for p in range(stride)]
-    image = jnp.stack(rows, 2).reshape(-1, height * stride, width * stride, shape[3])
-    return image[:, :shape[1], :shape[2]]
+    gradient = jnp.pad(_wide(gradient), ((0, 0), *margins, (0, 0)))
+    phases = sum(_window(gradient, i, j, height, width, 1)[:, :, None, :, None]
+                 * taps[i, j, :, None, :, 0]
+                 for i in range(len(taps)) for j in range(taps.shape[1]))
+    return _of_phases(phases, shape)
 
-  return _in_groups(convolve, gradient)
+  return _apart(convolve, gradient, kernel)
 
 
 @functools.partial(jax.jit, static_argnames=("stride", "shape"))
@@ -306,16 +316,48 @@ def _shifted_kernel_gradient(gradient, x, stride, shape):
   return total.reshape(shape)
 
 
-def _in_groups(function, x):
-  """function(x), some images at a time.
+def _phases(kernel, stride, padding):
+  """The kernel, seen from the gradient of its convolution, phase by phase of the image.
 
-  The loop is a fence: without it XLA, which keeps no optimization_barrier on the CPU, computes all
-  taps again in each of the operations that read the result.
+  Row `stride * r + p` of the image is of phase p. Tap i brings it to row r + m of the result,
+  where i = p + before - stride * m: a shift by m for each run of `stride` taps.
+
+  Args:
+    kernel: (k, k, inputs, outputs).
+    stride: along both axes.
+    padding: of the image, (before, after) along both axes.
+
+  Returns:
+    The taps, (shifts, shifts, stride, stride, inputs, outputs), zero where the kernel has none, and
+    by how many pixels the shifts reach over the result, (before, after) along both axes.
   """
-  # In a program that is exported for any n, groups of one image: those need no arithmetic of n.
-  images = 1 if jax.export.is_symbolic_dim(x.shape[0]) else -(-len(x) // _GROUPS)
-  y = jax.lax.map(function, _groups(x, images))
-  return y.reshape(-1, *y.shape[2:])[:x.shape[0]]
+  size, ends, margins = len(kernel), [], []
+  for before, _ in padding:
+    up, down = (size - 1 - before) // stride, (stride - 1 + before) // stride
+    margins.append((up, down))
+    ends.append((stride * down - before, stride * (up + 1) + before - size))
+  runs = jnp.pad(kernel, (*ends, (0, 0), (0, 0)))
+  runs = runs.reshape(-1, stride, sum(margins[1]) + 1, stride, *kernel.shape[2:])
+  return jnp.flip(runs, (0, 2)).swapaxes(1, 2), margins
+
+
+def _of_phases(phases, shape):
+  """(n, rows, phases, columns, phases, c) -> images of this shape, (n, h, w, c)."""
+  rows, stride, columns = phases.shape[1:4]
+  image = phases.reshape(-1, rows * stride, columns * stride, shape[3])
+  return image[:, :shape[1], :shape[2]]
+
+
+def _apart(function, x, kernel):
+  """function(x), computed once and kept: in a branch of its own, always taken.
+
+  Without this fence XLA, which keeps no optimization_barrier on the CPU, computes all taps again in
+  each of the operations that read the result, and what made x again for each tap. What tells the
+  branch is not known to the compiler: whether a number of the kernel is one.
+  """
+  result = jax.eval_shape(function, x)
+  return jax.lax.cond(kernel[0, 0, 0, 0] == kernel[0, 0, 0, 0], function,
+                      lambda x: jnp.full_like(x, jnp.nan, result.dtype, result.shape), x)
 
 
 def _groups(x, images):
@@ -350,6 +392,8 @@ def _result_size(shape, stride):
 
 
 def _window(image, i, j, height, width, stride):
-  """Every stride-th pixel from row i, column j on: (n, height, width, c)."""
-  ends = (len(image), i + (height - 1) * stride + 1, j + (width - 1) * stride + 1, image.shape[3])
-  return jax.lax.slice(image, (0, i, j, 0), ends, (1, stride, stride, 1))
+  """Every stride-th pixel from row i, column j on: (n, height, width, ...)."""
+  rest = image.ndim - 3
+  ends = (image.shape[0], i + (height - 1) * stride + 1, j + (width - 1) * stride + 1,
+          *image.shape[3:])
+  return jax.lax.slice(image, (0, i, j, *[0] * rest), ends, (1, stride, stride, *[1] * rest))

@@ -98,7 +98,8 @@ def test_swish():
 
 # (images, height, width, channels), kernel, stride. The last three are cut into bands of rows.
 DEPTHWISE = [((3, 8, 7, 4), 3, 2), ((17, 6, 5, 4), 5, 1), ((9, 7, 9, 4), 5, 2),
-             ((2, 32, 28, 64), 3, 1), ((3, 21, 25, 130), 5, 1), ((2, 45, 44, 128), 5, 2)]
+             ((2, 5, 8, 3), 1, 3), ((2, 32, 28, 64), 3, 1), ((3, 21, 25, 130), 5, 1),
+             ((2, 45, 44, 128), 5, 2)]
 
 
 @pytest.mark.parametrize(("shape", "size", "stride"), DEPTHWISE)
@@ -112,13 +113,23 @@ def test_bands_of_rows_are_what_the_last_shapes_are_cut_into():
   """Or the test above would not reach them."""
   cut = [-(-height // stride) * -(-width // stride) * channels > convolution.LARGE
          for (_, height, width, channels), _, stride in DEPTHWISE]
-  assert cut == [False, False, False, True, True, True]
+  assert cut == [False] * 4 + [True] * 3
+
+
+def test_a_kernel_that_is_not_finite_is_not_hidden():
+  """The branch that fences the sum of taps asks whether the kernel's first number is one."""
+  x, kernel = arrays((2, 5, 6, 3), (3, 3, 1, 3))
+  for value in (np.nan, np.inf):
+    y = convolution.depthwise(x, kernel.at[0, 0, 0, 0].set(value), 1)
+    assert not np.isfinite(y[..., 0]).any()
+    assert value != np.inf or np.isfinite(y[..., 1:]).all()
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
-@pytest.mark.parametrize(("size", "stride"), [(3, 1), (3, 2), (7, 2)])
-def test_dense(size, stride, symmetric):
-  x, kernel = arrays((3, 11, 8, 5), (size, size, 5, 6))
+@pytest.mark.parametrize(("size", "stride"), [(3, 1), (3, 2), (7, 2), (1, 2)])
+@pytest.mark.parametrize("channels", [convolution.FEW - 1, convolution.FEW + 1])
+def test_dense(channels, size, stride, symmetric):
+  x, kernel = arrays((3, 11, 8, channels), (size, size, channels, 6))
   padding = [(size // 2, size // 2)] * 2 if symmetric else "SAME"
 
   def native(x, kernel):
