@@ -3,8 +3,9 @@
   python -m tests.benchmarks.profile --network=efficientnet_b0 --size=128 --batch=16 --cases=pgd5
 
 Runs a few steps under jax.profiler. Milliseconds of a step are those that one thread spent in an
-operation; XLA's threads share most operations, and all finish at nearly the same time. A convolution
-that XLA does not give to its fast routine runs on threads that the profiler does not see: `untraced`.
+operation; XLA's threads share most operations, and all finish at nearly the same time. A
+convolution that XLA does not give to its fast routine runs on threads that the profiler does not
+see: `untraced`.
 """
 
 import collections
@@ -85,8 +86,8 @@ def main(argv):
     layers = collections.Counter({"untraced": idle})
     for name, value in times.items():
       layers[kind(places.get(name, ("", ""))[1])] += value
-    print(*(f"{value:8.1f} ms {value / total:6.1%}  {name}" for name, value in layers.most_common()),
-          sep="\n")
+    for name, value in layers.most_common():
+      print(f"{value:8.1f} ms {value / total:6.1%}  {name}")
 
 
 if __name__ == "__main__":

@@ -58,7 +58,8 @@ def cloud(tmp_path):
                      'cp "$CLOUD/trainer" "$HOME/advprop_jax-run/venv/bin/python"\n')
   # gcsfuse BUCKET FOLDER: a folder of the cloud, or a refusal.
   gcsfuse = programs / "gcsfuse"
-  gcsfuse.write_text('#!/bin/sh\nif [ -e "$CLOUD/forbidden" ]; then echo "Error 403" >&2; exit 1; fi\n'
+  gcsfuse.write_text('#!/bin/sh\n'
+                     'if [ -e "$CLOUD/forbidden" ]; then echo "Error 403" >&2; exit 1; fi\n'
                      'for last; do :; done\nrmdir "$last"\nmkdir -p "$CLOUD/bucket"\n'
                      'ln -s "$CLOUD/bucket" "$last"\necho "$*" >"$HOME/mounted"\n')
   for program in (gcloud, trainer, python3, gcsfuse):
@@ -211,7 +212,7 @@ def test_bad_input_ends_the_loop_and_the_slice(cloud):
 
 @pytest.mark.parametrize("how", ["mounted", "written to"])
 def test_a_bucket_without_permission(cloud, how):
-  """Fails where it is found out after the first epoch, is tried a hundred times, or is not named."""
+  """Fails where it is found out after the first epoch, is tried again, or is not named."""
   if how == "mounted":
     (cloud / "forbidden").touch()
   else:
