@@ -32,9 +32,10 @@ from advprop_jax.method.schemes import Scheme
 from advprop_jax.models.network import Network
 from advprop_jax.results import results_csv, results_table
 from advprop_jax.runtime import agreement
+from advprop_jax.runtime.faults import Preemption
 from advprop_jax.runtime.fields import names_in
 from advprop_jax.runtime.metrics import write_json, write_text
-from advprop_jax.runtime.workdir import EVALUATED, make_workdir
+from advprop_jax.runtime.workdir import EVALUATED, make_workdir, require_shared
 
 PARTIAL = "evaluation_partial"         # folder of what was measured before an interruption
 
@@ -58,6 +59,9 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict:
   """
   if config.get("eval") and config.eval.get("photographs") is not None:
     return predict.predict(config, workdir)
+  if not agreement.alone():            # before any process looks into it
+    make_workdir(workdir)
+    require_shared(workdir)
   config = resolve(config, workdir)
   network = open_network(config, workdir, EVALUATED)
   make_workdir(workdir)
@@ -68,7 +72,10 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict:
   weights = {"scheme": trained_by["scheme"], "seed": trained_by["seed"],
              "step": network.step or 0,
              "weights": network.kind if trained.has_begun(workdir) else config.model.pretrained}
-  return conclude(subject, variables, weights, workdir, Measurer(model, config))
+  with contextlib.nullcontext() if agreement.alone() else Preemption() as preemption:
+    if preemption:                     # in a pod JAX would note the signal, and nobody would ask
+      preemption.at_once()
+    return conclude(subject, variables, weights, workdir, Measurer(model, config))
 
 
 def open_test_images(config: ml_collections.FrozenConfigDict,

@@ -100,7 +100,10 @@ class Measurer:
       InputError: an image cannot be read, or the loss of one is not finite.
     """
     settings, given = self._config.eval, self._given(variables, one)
-    key = kept and fingerprint(self._model, self._config, one, given)
+    try:
+      key = kept and agreement.is_first() and fingerprint(self._model, self._config, one, given)
+    except InputError:                 # of an image, as all will see when they come to it
+      kept = key = None
     answers = kept_by_first(kept, key, len(one.source))
     batches = self.batches(one)
     first = -(-answers.done // settings.batch_size)

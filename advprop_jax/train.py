@@ -65,11 +65,11 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
     state, speed = fit_past_faults(
         experiment, state, batches, checkpoints, preemption, workdir, skips,
         lambda variables: row(clean, measurer.answers(variables, clean)))
+    checkpoints.wait()
     preemption.at_once()
     training = {"images_per_second": speed, "start_step": start}
     if start == experiment.total_steps:  # no step was made; what is known of those that were stays
       training = read_json(os.path.join(workdir, "summary.json")).get("training") or training
-    checkpoints.wait()
     return conclude(subject, state.evaluation_variables, weights_of(experiment), workdir, measurer,
                     training)
 
@@ -113,6 +113,8 @@ def fit_past_faults(experiment: Experiment, state: TrainState, batches, checkpoi
         if skips >= most:
           raise
         skips += 1
+        with warned_of(experiment.config.checkpoint.on_failure == "continue", progress.note):
+          checkpoints.wait()
         state, _, _ = start_or_resume(experiment, checkpoints, batches, workdir)
         batches.set_state({"batches": error.batches})
         progress.note(f"Warning: {error.what}; back to step {int(state.step)}, and past the "
@@ -181,7 +183,7 @@ def fit(experiment: Experiment, state: TrainState, batches, checkpoints: Checkpo
       with tolerant():
         writer.write(step, {"test/clean_top1": results["top1"], "test/clean_loss": results["loss"]})
     if save_now:
-      save(step, results, contextlib.nullcontext if stop_now else tolerant)
+      save(step, results, contextlib.nullcontext if stop_now or step == total else tolerant)
     if stop_now:
       checkpoints.wait()
       raise Preempted(f"Stopped after step {step} of {total}, whose checkpoint is written; "

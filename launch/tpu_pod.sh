@@ -353,7 +353,12 @@ outcome_of() {
     "status: none") outcome=new ;;
     *"exit 2"|*"exit 2"$'\n'*) outcome=refused ;;
     *"exit 143"*|*"exit 137"*|*none*) outcome=interrupted ;;
-    *) outcome=failed ;;
+    *) # 3 and 134 alone: each ended because another was lost, and nobody says of what.
+      if grep -qvE '^status: exit (0|3|134)$' <<<"$answers"; then
+        outcome=failed
+      else
+        outcome=interrupted
+      fi ;;
   esac
 }
 

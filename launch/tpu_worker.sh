@@ -30,7 +30,7 @@ install() {
     local package="gcsfuse_${GCSFUSE}_amd64.deb"
     curl --silent --show-error --fail --location --output "$kept/$package" \
       "https://github.com/GoogleCloudPlatform/gcsfuse/releases/download/v$GCSFUSE/$package"
-    sudo apt-get install --yes --quiet "$kept/$package"
+    sudo apt-get install --yes --quiet -o DPkg::Lock::Timeout=300 "$kept/$package"
   fi
 }
 
@@ -50,8 +50,9 @@ supervise() {
   local ended="" status=0 training
   trap 'ended=143' TERM
   cd "$code"
-  if ! in_folders "$@"; then
-    leave 2
+  in_folders "$@" || status=$?
+  if [[ $status -ne 0 ]]; then
+    leave "${ended:-$status}"
     return
   fi
   "$kept/venv/bin/python" -u -m advprop_jax.main "${arguments[@]}" &
@@ -88,20 +89,28 @@ in_folders() {
 # Nothing of the bucket is remembered, as other workers write to it too; and folders are renamed in
 # it, which gcsfuse refuses in a bucket without hierarchical namespace if it is not told to.
 mounted() {
-  local folder="$kept/buckets/$1" probe
+  local folder="$kept/buckets/$1" probe why="$kept/gcsfuse" attempt
   probe="$folder/.written_by_$(hostname)"
-  mkdir -p "$folder"
-  mountpoint -q "$folder" ||
-    gcsfuse --implicit-dirs --metadata-cache-ttl-secs=0 --rename-dir-limit=1000000 \
-      "$1" "$folder" ||
-    refused "$1" mounted || return
-  { : >"$probe" && rm "$probe"; } || refused "$1" "written to"
+  for attempt in 1 2 3 4 5; do
+    if ! mountpoint -q "$folder"; then
+      fusermount -uz "$folder" 2>/dev/null || true     # of a gcsfuse that has died
+      mkdir -p "$folder"
+      gcsfuse --implicit-dirs --metadata-cache-ttl-secs=0 --metadata-cache-negative-ttl-secs=0 \
+        --rename-dir-limit=1000000 "$1" "$folder" >"$why" 2>&1
+    fi
+    if mountpoint -q "$folder" && { : >"$probe" && rm "$probe"; } 2>"$why"; then return; fi
+    if refused "$why" || [[ $attempt == 5 ]]; then break; fi
+    sleep "${MOUNT_PAUSE:-10}"
+  done
+  cat "$why" >&2
+  echo "Error: --workdir: the bucket gs://$1 cannot be mounted and written to (why: above); the" \
+    "service account of the slice needs the role Storage Object User on it" >&2
+  if refused "$why"; then return 2; else return 1; fi
 }
 
+# Of what will not pass, as a failure of the network does.
 refused() {
-  echo "Error: --workdir: the bucket gs://$1 cannot be $2 (why: above); the service account of the" \
-    "slice needs the role Storage Object User on it" >&2
-  return 1
+  grep -qiE '40[134]|permission|forbidden|not found|does not exist' "$1"
 }
 
 status() {

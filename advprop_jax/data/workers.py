@@ -15,6 +15,7 @@ import multiprocessing
 import pickle
 import signal
 import traceback
+import weakref
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from multiprocessing.sharedctypes import RawArray
@@ -58,6 +59,7 @@ class WorkerBatches(Iterator[Batch]):
     slots = np.frombuffer(memory, np.uint8).reshape(num_workers, SLOTS, size)
     self._slots = [[_views(slot, places) for slot in own] for own in slots]
     self._workers: list[tuple[Any, Connection]] = []
+    self._end = weakref.finalize(self, _end_all, self._workers)   # at the exit, at the latest
     for worker in range(num_workers):
       ours, theirs = context.Pipe()
       process = context.Process(target=_work, args=(theirs, memory, worker, num_workers, places),
@@ -96,19 +98,23 @@ class WorkerBatches(Iterator[Batch]):
       process.join(10)
       self.close()
       raise InputError(f"config.data.num_workers={len(self._workers)}: a worker process that makes "
-                       f"batches {_end(process.exitcode)}; checkpoints are kept, and the same "
+                       f"batches {_ending(process.exitcode)}; checkpoints are kept, and the same "
                        "command goes on from there") from error
 
   def close(self) -> None:
     """Ends the workers."""
-    for process, connection in self._workers:
-      connection.close()
-      process.terminate()              # nothing is lost: a worker holds no lock and writes no file
-    for process, _ in self._workers:
-      process.join()
+    self._end()
 
 
-def _end(exitcode: int | None) -> str:
+def _end_all(workers: list[tuple[Any, Connection]]) -> None:
+  for process, connection in workers:
+    connection.close()
+    process.kill()                     # nothing is lost: a worker holds no lock and writes no file
+  for process, _ in workers:
+    process.join()
+
+
+def _ending(exitcode: int | None) -> str:
   if exitcode is None or exitcode >= 0:
     return f"has ended (exit code {exitcode}); what it printed, above, may say why"
   name = signal.Signals(-exitcode).name
@@ -133,7 +139,9 @@ def _views(slot: np.ndarray, places: dict[str, tuple]) -> Batch:
 def _work(connection: Connection, memory, worker: int, num_workers: int,
           places: dict[str, tuple]) -> None:
   """A worker: says None when a slot is full, waits for an answer before it fills one again."""
-  signal.signal(signal.SIGINT, signal.SIG_IGN)         # Ctrl-C is for the run, which then ends this
+  # Ctrl-C and the end of the machine are told to all: they are for the run, which then ends this.
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
+  signal.signal(signal.SIGTERM, signal.SIG_IGN)
   slots = np.frombuffer(memory, np.uint8).reshape(num_workers, SLOTS, -1)[worker]
   slots = [_views(slot, places) for slot in slots]
   with contextlib.suppress(EOFError, ConnectionError):         # the run has ended, or was killed

@@ -64,15 +64,19 @@ def arrays_from_first(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 def first_of(said: str | None) -> str | None:
   """What the first of the processes that say anything says; the same on all of them."""
+  return next(iter(said_by_any(said)), None)
+
+
+def said_by_any(said: str | None) -> list[str]:
+  """What processes say, in their order, without those that say None; the same on all of them."""
   if alone():
-    return said
+    return [] if said is None else [said]
   number = next(_numbers)
   folder = f"advprop_jax/said/{number}"
   if said is not None:
     store().key_value_set(f"{folder}/{process()[0]:06}", said)
   store().wait_at_barrier(f"{folder}/all", PATIENCE_SECONDS * 1000)
-  texts = sorted(store().key_value_dir_get(folder))
-  return texts[0][1] if texts else None
+  return [text for _, text in sorted(store().key_value_dir_get(folder))]
 
 
 def require_same(facts: dict[str, Any]) -> None:

@@ -106,6 +106,8 @@ class Checkpoints:
         lightweight_initialize=True, save_root_metadata=False)   # nothing of it is needed
     try:
       self._manager = ocp.CheckpointManager(self._directory, options=options)
+      # It would ask JAX with numbers of its own, and JAX would tell the training no more.
+      self._manager.reached_preemption = lambda step: False
       if self._write:
         probe = self._directory / f".writable.{jax.process_index()}"
         probe.write_text("")
@@ -182,10 +184,12 @@ class Checkpoints:
         self._manager = None
 
   def _raise_if_failed(self, failure: Exception | None) -> None:
-    reason = agreement.first_of(None if failure is None else brief(failure))
-    if reason is None:
+    reasons = agreement.said_by_any(None if failure is None else brief(failure))
+    if not reasons:
       return
-    if "Barrier timed out" in reason:
+    # Who waited in vain for a process whose disk is full knows less than that one.
+    reason = min(reasons, key=lambda reason: "imed out" in reason)
+    if "imed out" in reason:
       reason = (f"a process did not write its part within {SAVING_SECONDS} s, as where its disk is "
                 "full")
     step, self._saving = self._saving, None

@@ -18,8 +18,11 @@ from advprop_jax.runtime import agreement
 RESUME = "resume with the same command"
 
 
-class Preempted(Exception):
-  """The run was asked to end, and nothing is lost; the message says how far it came."""
+class Preempted(BaseException):
+  """The run was asked to end, and nothing is lost; the message says how far it came.
+
+  It may come anywhere, and no `except Exception` is to take it for a failure of what it interrupts.
+  """
 
 
 class NotFinite(InputError):
@@ -62,7 +65,9 @@ class Preemption:
 
   def __exit__(self, *_) -> None:
     if self._before is not None:
-      signal.signal(signal.SIGTERM, self._before)
+      # In a pod others may still wait for this process, which has nothing more to lose.
+      signal.signal(signal.SIGTERM,
+                    self._before if agreement.store() is None else signal.SIG_IGN)
 
   def _handle(self, handler) -> None:
     if threading.current_thread() is threading.main_thread():
@@ -80,7 +85,8 @@ class Preemption:
     self._asked += 1                # not the step, which may go back
     if agreement.store() is None:
       return self._noticed
-    return multihost_utils.reached_preemption_sync_point(self._asked)
+    self._noticed = multihost_utils.reached_preemption_sync_point(self._asked)
+    return self._noticed
 
   def at_once(self) -> None:
     """From now on the signal raises Preempted where it strikes: there is no step to finish."""
@@ -90,4 +96,4 @@ class Preemption:
 
 
 def _raise(number: int, frame: FrameType | None) -> None:
-  raise Preempted(f"Stopped after the last step, before the results were complete; {RESUME}")
+  raise Preempted(f"Stopped before the results were complete; {RESUME}")

@@ -89,6 +89,7 @@ class MetricsWriter:
     try:
       self._lines.write(line + "\n")
       self._lines.flush()
+      os.fsync(self._lines.fileno())   # a mounted bucket keeps it to itself until then
       for name, value in values.items():
         self._add_event(step, summary=Summary(
             value=[Summary.Value(tag=name, simple_value=value)]))

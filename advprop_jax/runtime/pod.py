@@ -49,7 +49,8 @@ _HEARTBEAT_TIMEOUT = flags.DEFINE_integer(
 MODES = ("train", "evaluate")   # that a pod can do
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 LOST = 3                    # exit code of a process that ends because another is gone
-_LEAVING_SECONDS = 5.0      # for others that end for the same reason
+_LEAVING_SECONDS = 5.0      # for others that end for the same reason; where all were told to,
+_TOLD_SECONDS = 60.0        # each first ends its data workers and what it writes
 _SHUTDOWN_SECONDS = 600     # process 0 draws pictures when the others have done
 _NO_POD = "coordinator_address should be defined"   # what JAX says where it finds none
 _OF_ANOTHER = re.compile(r"\bGloo\b|heartbeat|CoordinationService|Socket closed|"
@@ -98,8 +99,9 @@ def joined() -> Iterator[None]:
     yield
     agreement.meet("end")
   except (InputError, Preempted) as end:
-    if not _all_end(str(end)):
-      code = 0 if isinstance(end, Preempted) else 2
+    told = isinstance(end, Preempted)
+    if not _all_end(str(end), _TOLD_SECONDS if told else _LEAVING_SECONDS):
+      code = 0 if told else 2
       _exit(words, end if code == 0 else f"Error: {end}", code)
     words.be("")
     raise
@@ -228,11 +230,11 @@ def lost(error: str) -> str:
           "processes again with the same command, and the run goes on from its newest checkpoint")
 
 
-def _all_end(reason: str) -> bool:
+def _all_end(reason: str, seconds: float) -> bool:
   """Whether all processes end now, as they do where a config is wrong."""
   try:
     agreement.tell_end(f"process {agreement.process()[0]}: {reason}")
-    agreement.store().wait_at_barrier("advprop_jax/all_end", int(_LEAVING_SECONDS * 1000))
+    agreement.store().wait_at_barrier("advprop_jax/all_end", int(seconds * 1000))
   except jax.errors.JaxRuntimeError:
     return False
   return True

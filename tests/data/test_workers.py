@@ -159,6 +159,17 @@ def test_a_worker_that_is_killed_stops_the_run(number):
   batches.close()
 
 
+def test_workers_outlive_the_signal_that_the_machine_ends():
+  """Fails where SIGTERM, which a shutdown sends to all, ends them before the run has saved."""
+  batches = training(num_workers=2)
+  next(batches)
+  for process in multiprocessing.active_children():
+    os.kill(process.pid, signal.SIGTERM)
+  assert len(list(itertools.islice(batches, 10))) == 10
+  batches.close()
+  assert not multiprocessing.active_children()
+
+
 @pytest.mark.parametrize(("error", "kind", "says"), [
     ("input", InputError, "record 3 does not decode"), ("end", EOFError, "no more bytes"),
     ("unportable", RuntimeError, "Unportable: this and that"),

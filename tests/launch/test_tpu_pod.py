@@ -56,20 +56,24 @@ def cloud(tmp_path):
   python3.write_text('#!/bin/sh\necho "python3 $*" >>"$HOME/installed"\n'
                      'mkdir -p "$HOME/advprop_jax-run/venv/bin"\n'
                      'cp "$CLOUD/trainer" "$HOME/advprop_jax-run/venv/bin/python"\n')
-  # gcsfuse BUCKET FOLDER: a folder of the cloud, or a refusal.
+  # gcsfuse ... BUCKET FOLDER: a link to a folder of the cloud; or what `refuses_mounts` says, once
+  # for each line of it.
   gcsfuse = programs / "gcsfuse"
-  gcsfuse.write_text('#!/bin/sh\n'
-                     'if [ -e "$CLOUD/forbidden" ]; then echo "Error 403" >&2; exit 1; fi\n'
+  gcsfuse.write_text('#!/bin/bash\nwhy=$(head -n 1 "$CLOUD/refuses_mounts" 2>/dev/null)\n'
+                     'sed -i 1d "$CLOUD/refuses_mounts" 2>/dev/null\n'
+                     'if [ -n "$why" ]; then echo "$why" >&2; exit 1; fi\n'
                      'for last; do :; done\nrmdir "$last"\nmkdir -p "$CLOUD/bucket"\n'
                      'ln -s "$CLOUD/bucket" "$last"\necho "$*" >"$HOME/mounted"\n')
-  for program in (gcloud, trainer, python3, gcsfuse):
+  mountpoint = programs / "mountpoint"
+  mountpoint.write_text('#!/bin/sh\n[ -L "$2" ]\n')
+  for program in (gcloud, trainer, python3, gcsfuse, mountpoint):
     program.chmod(0o755)
   return folder
 
 
 def environment(cloud):
   return {"PATH": f"{cloud / 'programs'}:{os.environ['PATH']}", "HOME": str(cloud),
-          "CLOUD": str(cloud), "TMPDIR": str(cloud)}
+          "CLOUD": str(cloud), "TMPDIR": str(cloud), "MOUNT_PAUSE": "0.1"}
 
 
 def pod(cloud, *arguments):
@@ -210,19 +214,33 @@ def test_bad_input_ends_the_loop_and_the_slice(cloud):
   assert steps(cloud) == ["create", "send", "install", "start", "delete"]
 
 
-@pytest.mark.parametrize("how", ["mounted", "written to"])
-def test_a_bucket_without_permission(cloud, how):
+def test_a_bucket_without_permission(cloud):
   """Fails where it is found out after the first epoch, is tried again, or is not named."""
-  if how == "mounted":
-    (cloud / "forbidden").touch()
-  else:
-    (cloud / "bucket").touch()         # no folder: nothing can be written there
+  (cloud / "refuses_mounts").write_text("Error 403: no storage.objects.list access\n" * 9)
   ran = pod(cloud, "train", *SLICE, *TRAINING)
   assert ran.returncode == 1
-  assert f"Error: --workdir: the bucket gs://bucket cannot be {how} (why: above)" in ran.stdout
+  assert "Error 403: no storage.objects.list access" in ran.stdout
+  assert "Error: --workdir: the bucket gs://bucket cannot be mounted and written to" in ran.stdout
   assert "refused (exit code 2)" in ran.stderr
   assert not (cloud / "slice1-worker0/arguments").exists()
   assert steps(cloud) == ["create", "send", "install", "start", "delete"]
+
+
+def test_a_mount_that_fails_for_a_while_is_tried_again(cloud):
+  """Fails where a run of days ends since one worker's network was not there yet."""
+  (cloud / "refuses_mounts").write_text("dial tcp: lookup: try again\n" * 3)
+  ran = pod(cloud, "train", *SLICE, *TRAINING)
+  assert ran.returncode == 0, ran.stdout + ran.stderr
+  assert steps(cloud) == ["create", "send", "install", "start", "delete"]
+
+
+def test_processes_that_end_because_another_is_lost_are_no_crash(cloud):
+  """Fails where a network that broke a few times in days deletes the slice."""
+  plan(cloud, *["exit 3"] * 5, "exit 0")
+  plan(cloud, *["exit 134"] * 5, "exit 0", worker=1)
+  ran = pod(cloud, "train", *SLICE, "--max-failures=1", *TRAINING)
+  assert ran.returncode == 0, ran.stdout + ran.stderr
+  assert "restart 5 of at most 100" in ran.stdout
 
 
 def test_gcsfuse_is_installed_where_it_is_missing(cloud):

@@ -153,7 +153,7 @@ def test_an_epoch_on_the_bundled_data_lowers_every_loss(name, tmp_path):
   with pytest.MonkeyPatch.context() as patch:
     real = train.require_finite
     patch.setattr(train, "require_finite",
-                  lambda step, metrics: (real(step, metrics), records.append(metrics)))
+                  lambda *given: (real(*given), records.append(given[1])))
     train.train(config, str(tmp_path))
   assert len(records) == (83 if name == "fast_advprop" else 100)  # 100 / 1.2
   for loss in (f"loss/{part}" for part in TABLE[name][1]):
