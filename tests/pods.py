@@ -53,7 +53,7 @@ def start(command: list[str], cache: pathlib.Path, **more: str) -> subprocess.Po
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
-def finish(process: subprocess.Popen, code: int = 0, seconds: float = 240) -> str:
+def finish(process: subprocess.Popen, code: int = 0, seconds: float = 600) -> str:
   """What a program printed; an AssertionError where its exit code is another."""
   try:
     output, _ = process.communicate(timeout=seconds)

@@ -48,7 +48,9 @@ def without(monkeypatch, left_out):
   monkeypatch.setattr(train.loader.TrainingBatches, "__next__", following)
 
 
-@pytest.mark.parametrize(("bad", "left_out"), [({6}, {5, 6}), ({1}, {1}), ({3, 8}, {3, 8})])
+@pytest.mark.parametrize(("bad", "left_out"), [
+    pytest.param({6}, {5, 6}, marks=pytest.mark.slow),
+    pytest.param({1}, {1}, marks=pytest.mark.slow), ({3, 8}, {3, 8})])
 def test_bad_batches_are_skipped(bad_batches, monkeypatch, tmp_path, capsys, bad, left_out):
   """Back to the newest checkpoint, past the bad batch: the run whose data has no such batches.
 
