@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 
 import jax
@@ -12,7 +13,7 @@ from tests import pods
 from tests.pods import local_pod, newest, run, single
 
 STEPS = 60
-LENGTH = [f"--config.train.steps={STEPS}", "--config.checkpoint.every_steps=5"]
+LENGTH = [f"--config.train.steps={STEPS}", "--config.checkpoint.every_steps=20"]
 SYNCED = "--config.model.bn_group_size=4"
 PARTS = ("params", "batch_stats", "opt_state", "ema")
 
@@ -70,7 +71,10 @@ def test_one_process_writes_and_talks(pod):
   assert steps == list(range(1, STEPS + 1))
   assert len(list((workdir / "tensorboard").iterdir())) == 1
   assert output.count("summary.json, summary.csv") == 1
-  assert {line[:4] for line in output.splitlines()} == {"[0] "}
+  # Where a machine is slow, XLA's own log says so on any of them.
+  others = [line for line in output.splitlines() if not line.startswith("[0] ")
+            and not re.match(r"\[\d\] ([IWEF]\d{4} |WARNING: All log messages)", line)]
+  assert not others
   assert json.loads((workdir / "summary.json").read_text())["processes"] == 2
 
 
