@@ -3,7 +3,6 @@
   python -m advprop_jax.main --config=configs/quickstart.py --workdir=DIR
 """
 
-import re
 import sys
 
 from absl import app, flags, logging
@@ -11,9 +10,8 @@ from ml_collections import config_flags
 
 from advprop_jax import evaluate, export, inspect, report, train
 from advprop_jax.errors import InputError
-from advprop_jax.runtime import pod
+from advprop_jax.runtime import command, pod
 from advprop_jax.runtime.compilation import keep_compiled
-from advprop_jax.runtime.config import require_known
 from advprop_jax.runtime.faults import Preempted
 from advprop_jax.runtime.memory import keep_freed_memory
 
@@ -55,30 +53,12 @@ def run() -> None:
   for stream in (sys.stdout, sys.stderr):   # names of files may be what they cannot encode
     stream.reconfigure(errors="backslashreplace")
   try:
-    app.run(main, flags_parser=_parse)
+    app.run(main, flags_parser=lambda argv: command.parse(argv, _CONFIG))
   except InputError as error:
     print(f"Error: {error}", file=sys.stderr)
     sys.exit(BAD_INPUT)
   except Preempted as end:
     print(end, file=sys.stderr)
-
-
-def _parse(argv: list[str]) -> list[str]:
-  """Parses the flags; whatever is wrong with them or in the config file is the user's to mend."""
-  for path in re.findall(r"^--?config\.([\w.]+)", "\n".join(argv), re.MULTILINE):
-    require_known(path)
-  try:
-    rest = flags.FLAGS(argv)
-    if _CONFIG.value is not None:
-      _CONFIG.value.keys()  # a config file that could not be read says so only when it is used
-    return rest
-  except InputError:
-    raise
-  except (flags.Error, AttributeError, ImportError, KeyError, NameError, OSError, SyntaxError,
-          TypeError, ValueError) as error:
-    # Of a traceback that the error quotes, the last line says what is wrong.
-    last = str(error).strip().splitlines()[-1].strip()
-    raise InputError(re.sub(r"^\w+Error: |^\[Errno \d+\] ", "", last)) from error
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ A compilation takes minutes; its results are kept, and the same command prints t
 
 import json
 import pathlib
-import re
 import sys
 
 from absl import app, flags, logging
@@ -22,7 +21,7 @@ if ROOT not in sys.path:               # started as a script, only its own folde
   sys.path.insert(0, ROOT)
 
 from advprop_jax.errors import InputError  # noqa: E402
-from advprop_jax.runtime.config import require_known  # noqa: E402
+from advprop_jax.runtime import command  # noqa: E402
 from launch import fitting, plan_report, slices, step_program  # noqa: E402
 from launch.recipe import make_recipe, with_chips  # noqa: E402
 
@@ -78,28 +77,10 @@ def main(argv: list[str]) -> int:
 def run() -> None:
   """The command line: bad input ends in one sentence and exit code 2, without a traceback."""
   try:
-    app.run(main, flags_parser=_parse)
+    app.run(main, flags_parser=lambda argv: command.parse(argv, _CONFIG, with_chips))
   except InputError as error:
     print(f"Error: {error}", file=sys.stderr)
     sys.exit(BAD_INPUT)
-
-
-def _parse(argv: list[str]) -> list[str]:
-  """Parses the flags; whatever is wrong with them or in the config file is the user's to mend."""
-  for path in re.findall(r"^--?config\.([\w.]+)", "\n".join(argv), re.MULTILINE):
-    require_known(path)
-  argv = with_chips(argv)
-  try:
-    rest = flags.FLAGS(argv)
-    if _CONFIG.value is not None:
-      _CONFIG.value.keys()  # a config file that could not be read says so only when it is used
-    return rest
-  except InputError:
-    raise
-  except (flags.Error, AttributeError, ImportError, KeyError, NameError, OSError, SyntaxError,
-          TypeError, ValueError) as error:
-    last = str(error).strip().splitlines()[-1].strip()
-    raise InputError(re.sub(r"^\w+Error: |^\[Errno \d+\] ", "", last)) from error
 
 
 if __name__ == "__main__":

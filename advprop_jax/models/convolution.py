@@ -362,8 +362,6 @@ def _apart(function, x, kernel):
 
 def _groups(x, images):
   """(n, ...) -> (groups, images of a group, ...), filled up with zeros."""
-  if images == 1:
-    return x[:, None]
   missing = -len(x) % images
   if missing:
     x = jnp.pad(x, ((0, missing), *[(0, 0)] * (x.ndim - 1)))

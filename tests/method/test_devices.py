@@ -1,12 +1,9 @@
 """The same numbers on 1, 2 and 4 devices. Virtual ones, so in a process of its own."""
 
-import json
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
+
+from tests import virtual_devices
 
 PROGRAM = """
 import functools, json
@@ -63,11 +60,7 @@ print(json.dumps({
 
 @pytest.fixture(scope="module")
 def results():
-  flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
-  done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True,
-                        check=False, env={**os.environ, "XLA_FLAGS": flags})
-  assert done.returncode == 0, done.stderr
-  return json.loads(done.stdout)
+  return virtual_devices.run(PROGRAM, 4)
 
 
 def close(a, b, part):

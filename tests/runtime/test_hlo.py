@@ -1,13 +1,9 @@
 """Collectives in the text of compiled programs; and that AdvProp's attack has none."""
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
 
 from advprop_jax.runtime import hlo
+from tests import virtual_devices
 
 # Two loops, one in the other, in the spelling of a TPU: the outer says how often, the inner's
 # condition does. An all-gather that is started and awaited apart, one hidden in a fusion.
@@ -131,11 +127,7 @@ def test_what_is_no_program():
 @pytest.fixture(scope="module")
 def compiled():
   """Collectives of AdvProp steps for eight devices; virtual ones, so in a process of its own."""
-  flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-  done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True,
-                        check=False, env={**os.environ, "XLA_FLAGS": flags})
-  assert done.returncode == 0, done.stderr
-  return json.loads(done.stdout)
+  return virtual_devices.run(PROGRAM, 8)
 
 
 def test_the_attack_has_no_collective(compiled):
