@@ -72,10 +72,10 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict:
   weights = {"scheme": trained_by["scheme"], "seed": trained_by["seed"],
              "step": network.step or 0,
              "weights": network.kind if trained.has_begun(workdir) else config.model.pretrained}
-  with contextlib.nullcontext() if agreement.alone() else Preemption() as preemption:
-    if preemption:                     # in a pod JAX would note the signal, and nobody would ask
-      preemption.at_once()
-    return conclude(subject, variables, weights, workdir, Measurer(model, config))
+  with Preemption() as preemption:
+    preemption.at_once()
+    return conclude(subject, variables, weights, workdir,
+                    Measurer(model, config, preemption.end_if_reached))
 
 
 def open_test_images(config: ml_collections.FrozenConfigDict,

@@ -76,14 +76,16 @@ class Answers:
 class Measurer:
   """Compiled evaluations of one network; the weights are arguments."""
 
-  def __init__(self, model: Network, config: ml_collections.FrozenConfigDict):
+  def __init__(self, model: Network, config: ml_collections.FrozenConfigDict,
+               between: Callable[[], None] = lambda: None):
     """Compiles nothing yet.
 
     Args:
       model: with all domains.
       config: resolved; its `eval` and `data` say how batches are made.
+      between: called before every batch; what it raises ends the pass.
     """
-    self._model, self._config = model, config
+    self._model, self._config, self._between = model, config, between
     self._steps: dict[tuple, Callable] = {}
 
   def answers(self, variables: Mapping[str, Any], one: Pass, name: str = "",
@@ -97,7 +99,8 @@ class Measurer:
       kept: file for partial results; a pass that was interrupted goes on where it was kept.
 
     Raises:
-      InputError: an image cannot be read, or the loss of one is not finite.
+      InputError: an image cannot be read, or the loss of one is not finite; and what `between`
+        raises.
     """
     settings, given = self._config.eval, self._given(variables, one)
     try:
@@ -113,6 +116,7 @@ class Measurer:
     progress = _LongProgress(name, len(batches), first, settings.batch_size)
     step, saved, running = self._step(one), time.monotonic(), []
     for batch in _of_this_process(batches.starting_at(first)):
+      self._between()
       running.append(step(given, parallel.shard(batch)))
       # One step late, so that the next batch is made and travels while this one is computed.
       while len(running) > (not parallel.wait_each_step()):

@@ -51,9 +51,10 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
   require_same_data(experiment)
   claim_workdir(experiment, workdir)
   subject = subject_of(experiment)
-  measurer, clean = Measurer(experiment.method.model, experiment.config), test_pass(subject)
   with contextlib.ExitStack() as stack:
     preemption = stack.enter_context(Preemption())
+    measurer = Measurer(experiment.method.model, experiment.config, preemption.end_if_reached)
+    clean = test_pass(subject)
     checkpoints = stack.enter_context(Checkpoints(
         os.path.join(workdir, "checkpoints"), experiment.config.checkpoint.keep, BEST_METRIC))
     batches = open_batches(experiment)
@@ -178,10 +179,14 @@ def fit(experiment: Experiment, state: TrainState, batches, checkpoints: Checkpo
       unread = None
     results = None
     if evaluate_now:
-      with progress.paused():
-        results = evaluate_clean(state.evaluation_variables)
-      with tolerant():
-        writer.write(step, {"test/clean_top1": results["top1"], "test/clean_loss": results["loss"]})
+      try:
+        with progress.paused():
+          results = evaluate_clean(state.evaluation_variables)
+        with tolerant():
+          writer.write(step, {"test/clean_top1": results["top1"],
+                              "test/clean_loss": results["loss"]})
+      except Preempted:                # the state is worth more than this evaluation
+        stop_now, save_now = step < total, True
     if save_now:
       save(step, results, contextlib.nullcontext if stop_now or step == total else tolerant)
     if stop_now:

@@ -1,5 +1,6 @@
 """What all tests share."""
 
+import gc
 import json
 import os
 import pathlib
@@ -9,11 +10,27 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
+import jax
 import pytest
 import safetensors.numpy
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
+
+
+# Of the 65,530 that Linux lets a process have. Each program of XLA for the CPU takes some, and the
+# process dies of a segmentation fault where there are no more.
+MANY_MAPS = 20_000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+  """Lets go of what was compiled where it is much, after a module, whose tests share programs."""
+  yield
+  maps = pathlib.Path("/proc/self/maps")
+  if maps.exists() and maps.read_bytes().count(b"\n") > MANY_MAPS:
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")

@@ -2,14 +2,16 @@
 
 import errno
 import json
+import signal
 
 import jax
 import numpy as np
 import pytest
 
-from advprop_jax import train
+from advprop_jax import measure, train
 from advprop_jax.errors import InputError
 from advprop_jax.runtime import checkpoint
+from advprop_jax.runtime.faults import Preempted
 from tests.pods import lines, newest
 from tests.small_run import make_config
 
@@ -89,6 +91,26 @@ def test_by_default_it_stops(bad_batches, tmp_path):
   with pytest.raises(InputError, match="step 5: the loss is not finite"):
     train.train(config_of(), str(tmp_path))
   assert newest(tmp_path).step == 4
+
+
+def test_a_signal_during_an_evaluation_saves_the_step_before_it(monkeypatch, tmp_path):
+  """Fails where it waits for the end of the evaluation, or loses the steps before it."""
+  signals, real = [signal.SIGTERM], measure.Measurer.batches
+
+  def batches(self, one):
+    if signals:
+      signal.raise_signal(signals.pop())
+    return real(self, one)
+
+  monkeypatch.setattr(measure.Measurer, "batches", batches)
+  config = config_of({"eval.every_epochs": 1.5, "checkpoint.every_steps": 100})   # 2 steps each
+  with pytest.raises(Preempted, match=f"Stopped after step 3 of {STEPS}, whose checkpoint is"):
+    train.train(config, str(tmp_path))
+  assert newest(tmp_path).step == 3
+  train.train(config, str(tmp_path))
+  assert [line["step"] for line in lines(tmp_path) if "test/clean_top1" in line] == [6, 8]
+  assert [line["step"] for line in lines(tmp_path) if "train/loss" in line] == list(
+      range(1, STEPS + 1))
 
 
 @pytest.fixture

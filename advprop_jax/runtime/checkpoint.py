@@ -7,6 +7,7 @@ written in a temporary folder, which gets its name, <step>, when it is complete.
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import logging
@@ -109,13 +110,17 @@ class Checkpoints:
       # It would ask JAX with numbers of its own, and JAX would tell the training no more.
       self._manager.reached_preemption = lambda step: False
       if self._write:
-        probe = self._directory / f".writable.{jax.process_index()}"
-        probe.write_text("")
-        probe.unlink()
+        self._probe()
     except OSError as error:
       raise InputError(f"The checkpoint directory {self._directory} cannot be written "
                        f"({brief(error)}); choose another --workdir.") from error
     self._metrics = {step: self._read_metrics(step) for step in self._steps()}
+
+  def _probe(self) -> None:
+    """Raises an OSError where this process can write nothing."""
+    probe = self._directory / f".writable.{jax.process_index()}"
+    probe.write_text("")
+    probe.unlink()
 
   def save(self, step: int, state: Any, iterator: dict[str, Any], config: dict[str, Any],
            metrics: dict[str, float] | None = None) -> bool:
@@ -150,12 +155,14 @@ class Checkpoints:
         iterator=ocp.args.JsonSave(iterator),
         config=ocp.args.JsonSave(config),
         **{_METRICS: ocp.args.JsonSave(self._metrics[step])})
-    failure = None
-    try:
-      self._manager.save(step, args=items, force=True)
-    except OSError as error:
-      failure = error
-    self._raise_if_failed(failure)
+    # First of all: in a save that fails at once on one process, the others would wait for it long.
+    for start in (self._probe, functools.partial(self._manager.save, step, args=items, force=True)):
+      failure = None
+      try:
+        start()
+      except (OSError, jax.errors.JaxRuntimeError) as error:
+        failure = error
+      self._raise_if_failed(failure)
     return True
 
   def wait(self) -> None:

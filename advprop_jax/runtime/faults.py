@@ -50,7 +50,7 @@ def warned_of(goes_on: bool, say: Callable[[str], None]) -> Iterator[None]:
 
 
 class Preemption:
-  """SIGTERM while it is entered: first noted, for the loop to ask; then, `at_once`, raised.
+  """SIGTERM while it is entered: noted, for loops to ask; with one process `at_once` raises it.
 
   Outside of the main thread, which alone hears signals, it does nothing.
   """
@@ -80,8 +80,7 @@ class Preemption:
     self._noticed = True
 
   def reached(self) -> bool:
-    """Whether to save and end now; every process asks after every step, and gets the same answer.
-    """
+    """Whether to end now; all processes ask at the same points, and get the same answer."""
     self._asked += 1                # not the step, which may go back
     if agreement.store() is None:
       return self._noticed
@@ -89,9 +88,18 @@ class Preemption:
     return self._noticed
 
   def at_once(self) -> None:
-    """From now on the signal raises Preempted where it strikes: there is no step to finish."""
-    self._handle(_raise)
+    """From now on the signal raises Preempted where it strikes: there is no step to finish.
+
+    In a pod it still waits for all to ask: one that ends alone would be missed by the others.
+    """
+    if agreement.store() is None:
+      self._handle(_raise)
     if self._noticed:
+      _raise(signal.SIGTERM, None)
+
+  def end_if_reached(self) -> None:
+    """Raises Preempted where `reached`."""
+    if self.reached():
       _raise(signal.SIGTERM, None)
 
 

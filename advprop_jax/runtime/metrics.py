@@ -4,6 +4,7 @@ All of it is on a local disk, and written by one process of a run.
 """
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -41,7 +42,7 @@ class MetricsWriter:
       start_step: the step that the run resumes from, 0 for none. Of an earlier run the lines of
         steps > start_step are dropped, and a line that was half-written when the process was
         killed; TensorBoard is told to forget the same steps. From 0 all lines are put aside, in
-        metrics.before.jsonl.
+        metrics.before.jsonl, metrics.before1.jsonl and so on.
       writes: False for all processes of a run but one: nothing is opened or written.
 
     Raises:
@@ -57,7 +58,7 @@ class MetricsWriter:
       if start_step:
         _drop_from(workdir / "metrics.jsonl", first_step)
       elif (workdir / "metrics.jsonl").exists():
-        (workdir / "metrics.jsonl").replace(workdir / "metrics.before.jsonl")
+        _put_aside(workdir / "metrics.jsonl")
       self._lines = (workdir / "metrics.jsonl").open("a", encoding="utf-8")
       # Not SummaryWriter: its thread still holds events when its flush returns, and they are lost
       # if the process is killed. The time keeps a quick restart from writing over its last file.
@@ -121,6 +122,12 @@ class MetricsWriter:
 def _not_written(path: str | os.PathLike, error: OSError) -> InputError:
   return InputError(f"{path} cannot be written ({error.strerror}); free some space or choose "
                     "another --workdir.")
+
+
+def _put_aside(path: pathlib.Path) -> None:
+  """Gives a file the first name that is free: metrics.before.jsonl, metrics.before1.jsonl, ..."""
+  names = (path.with_suffix(f".before{number or ''}{path.suffix}") for number in itertools.count())
+  path.rename(next(name for name in names if not name.exists()))
 
 
 def _drop_from(path: pathlib.Path, first_step: int) -> None:

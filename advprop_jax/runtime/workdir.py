@@ -45,15 +45,22 @@ def require_shared(workdir: str) -> None:
     return
   token = agreement.from_first(time.time_ns())
   mark = pathlib.Path(workdir, f".seen_by_all.{token}")
+  failure = None
   if agreement.is_first():
-    mark.touch()
-  agreement.meet("mark")
+    try:
+      mark.touch()
+    except OSError as error:
+      failure = error.strerror
+  failure = agreement.from_first(failure)
+  if failure:
+    raise InputError(f"--workdir={workdir}: process 0 cannot write there ({failure}); give a "
+                     "folder that can be written")
   deadline = time.monotonic() + SEEN_SECONDS
   while not mark.exists() and time.monotonic() < deadline:
     time.sleep(0.2)
   unseen = agreement.first_of(None if mark.exists() else str(agreement.process()[0]))
   if agreement.is_first():
-    mark.unlink()
+    mark.unlink(missing_ok=True)
   if unseen:
     raise InputError(f"--workdir={workdir}: process {unseen} does not see what process 0 writes "
                      "there; give a folder that all processes share, such as a mounted bucket or "

@@ -121,3 +121,48 @@ def test_one_process_that_is_told_stops_all_and_the_bits_are_the_same(pod, cache
   assert newest(tmp_path).step < STEPS
   run(command, cache)
   jax.tree.map(np.testing.assert_array_equal, newest(tmp_path).state, newest(pod[0]).state)
+
+
+@pytest.mark.slow
+def test_the_final_evaluation_is_stopped_on_all(cache, tmp_path):
+  """Fails where the process that hears the signal ends alone, and the others miss it."""
+  command = local_pod(2, 2, tmp_path, "--config.train.steps=2", "--config.eval.batch_size=4",
+                      module="tests.slowly")
+  program = pods.start(command, cache)
+  pods.wait_for_step(program, tmp_path, 2)
+  os.kill(pods.children(program)[1], signal.SIGTERM)
+  output = pods.finish(program)
+  assert output.count("resume with the same command") == 2
+  assert not (tmp_path / "summary.json").exists()
+  run(command, cache)
+  assert json.loads((tmp_path / "summary.json").read_text())["results"]["clean"]["images"] == 103
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["0:4:begin", "1:4:begin", "0:4:end"])
+def test_a_full_disk_of_one_process(cache, tmp_path, where):
+  """All stop with one sentence, or all go on: none waits for the one whose disk is full."""
+  def command(workdir, on_failure):
+    return local_pod(2, 2, workdir, "--config.train.steps=6", "--config.checkpoint.every_steps=2",
+                     f"--config.checkpoint.on_failure={on_failure}", "--config.checkpoint.keep=5",
+                     module="tests.full_disk")
+
+  full = {"FULL": where}
+  says = r"The checkpoint of step 4 could not be written to .*No space left on device"
+  output = run(command(tmp_path / "stop", "stop"), cache, code=2, **full)
+  assert re.search(f"Error: {says}", output)
+  assert "Traceback" not in output
+  assert newest(tmp_path / "stop").step == 2
+  output = run(command(tmp_path / "goes_on", "continue"), cache, **full)
+  assert len(re.findall(f"Warning: {says}", output)) == 1
+  assert sorted(path.name for path in (tmp_path / "goes_on/checkpoints").iterdir()) == ["2", "6"]
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_no_number_sends_all_back(cache, tmp_path):
+  command = local_pod(2, 2, tmp_path, "--config.train.steps=6", "--config.checkpoint.every_steps=2",
+                      "--config.optimizer.learning_rate=1e30", "--config.train.max_skips=1")
+  output = run(command, cache, code=2)
+  assert output.count("(1 of at most 1 times)") == 1
+  assert len(re.findall(r"Error: step \d+: the \w+ is not finite", output)) >= 1
+  assert "Traceback" not in output

@@ -283,7 +283,9 @@ def test_train_started_again_watches_the_training_that_runs(cloud):
   plan(cloud, "wait")
   plan(cloud, "wait", worker=1)
   first = subprocess.Popen(
-    ["bash", str(ROOT / "launch" / "tpu_pod.sh"), "train", *SLICE, *TRAINING],
+    # Where the tests run in the background, the signal would be ignored.
+    ["env", "--default-signal=INT", "bash", str(ROOT / "launch" / "tpu_pod.sh"), "train", *SLICE,
+     *TRAINING],
     env=environment(cloud), text=True, stdout=subprocess.PIPE, start_new_session=True)
   until = time.monotonic() + 60
   while not all((cloud / f"slice1-worker{worker}/arguments").exists() for worker in (0, 1)):

@@ -117,6 +117,14 @@ def test_resuming_drops_what_will_be_done_again(tmp_path, start_step, kept):
                                                               "tensorboard"]
 
 
+def test_starting_again_twice_loses_no_lines(tmp_path):
+  for step in (1, 2, 3):
+    with MetricsWriter(tmp_path) as writer:
+      writer.write(step, {"loss": 1})
+  found = {path.name: json.loads(path.read_text())["step"] for path in tmp_path.glob("*.jsonl")}
+  assert found == {"metrics.before.jsonl": 1, "metrics.before1.jsonl": 2, "metrics.jsonl": 3}
+
+
 def test_a_whole_last_line_without_its_newline_is_not_trusted(tmp_path):
   """12 may be the beginning of 123."""
   (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2}\n{"step": 2, "loss": 12}')
