@@ -13,7 +13,7 @@ from advprop_jax.errors import InputError
 from advprop_jax.runtime import command, pod
 from advprop_jax.runtime.compilation import keep_compiled
 from advprop_jax.runtime.faults import Preempted
-from advprop_jax.runtime.memory import keep_freed_memory
+from advprop_jax.runtime.memory import keep_barriers, keep_freed_memory
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "A file with get_config(); FILE.py:VARIANT passes VARIANT to it, and "
@@ -49,6 +49,7 @@ def main(argv: list[str]) -> None:
 def run() -> None:
   """The command line: bad input ends in one sentence and exit code 2, without a traceback."""
   keep_freed_memory()
+  keep_barriers()
   keep_compiled()
   for stream in (sys.stdout, sys.stderr):   # names of files may be what they cannot encode
     stream.reconfigure(errors="backslashreplace")
