@@ -133,7 +133,7 @@ def test_four_devices_count_each_image_once(tmp_path):
         [sys.executable, "-m", "tests.one_block", "--config=configs/quickstart.py:scheme=vanilla",
          f"--workdir={workdir}", "--config.model.name=one_block", "--config.train.steps=0",
          "--config.data.train_split=train[:64]", "--config.data.test_split=test[:1003]",
-         "--config.eval.batch_size=64", *flags],
+         "--config.eval.batch_size=64", "--config.eval.benchmarks=clean,adversarial", *flags],
         cwd=ROOT, capture_output=True, text=True, check=False,
         env={**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0 "
              f"--xla_force_host_platform_device_count={devices}"})

@@ -258,6 +258,7 @@ def test_killed_five_times(tmp_path):
   flags = ["--config=configs/quickstart.py", "--config.model.name=one_block",
            "--config.data.train_split=train[:200]", "--config.data.test_split=test[:20]",
            "--config.data.batch_size=20", "--config.eval.batch_size=20", "--config.train.steps=120",
+           "--config.eval.benchmarks=clean,adversarial",
            "--config.checkpoint.every_steps=3", "--config.eval.every_epochs=0",
            "--config.train.log_every=1"]
   cache = {**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "true",

@@ -134,7 +134,9 @@ def test_which_gradient_reaches_which_batch_norms(name):
       assert has_moved == (owners[path] in ("", part.domain)), path
 
 
-@pytest.mark.parametrize("name", TABLE)
+@pytest.mark.parametrize("name", [
+    name if name in ("advprop", "fine_grained") else pytest.param(name, marks=pytest.mark.slow)
+    for name in TABLE])
 def test_an_epoch_on_the_bundled_data_lowers_every_loss(name, tmp_path):
   one_block.register()
   config = default_config()

@@ -139,7 +139,11 @@ def random_state_dict(name, **settings):
                                     variable_shapes(name, **settings)))
 
 
-@pytest.mark.parametrize("name", NAMES)
+LARGE = ("efficientnet_b5", "efficientnet_b6", "efficientnet_b7", "efficientnet_b8", "resnet200")
+
+
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=pytest.mark.slow) if name in LARGE else name for name in NAMES])
 def test_there_and_back_is_exact(name):
   weights = random_state_dict(name)
   back = to_timm(name, from_state_dict(name, weights))

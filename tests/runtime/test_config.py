@@ -167,8 +167,10 @@ def test_every_config_says_how_to_run_it(path):
 
 
 @pytest.mark.parametrize(("path", "variant"), [
-    ("quickstart.py", "advprop"), ("quickstart.py", "vanilla"), ("imagenet_efficientnet.py", "b0"),
-    ("small/schemes.py", "fine_grained,resnet_tiny"), ("small/schemes.py", "fast_advprop")])
+    ("imagenet_efficientnet.py", "b0"), ("small/schemes.py", "fine_grained,resnet_tiny"),
+    pytest.param("quickstart.py", "advprop", marks=pytest.mark.slow),
+    pytest.param("quickstart.py", "vanilla", marks=pytest.mark.slow),
+    pytest.param("small/schemes.py", "fast_advprop", marks=pytest.mark.slow)])
 def test_a_step_of_the_config_can_be_traced(path, variant):
   """Network, attack, losses, optimizer and moving averages fit together; nothing is computed."""
   config = resolve(load(pathlib.Path(path), variant))
