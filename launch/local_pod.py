@@ -12,6 +12,7 @@ SIGTERM and SIGINT are passed on to all.
 import argparse
 import os
 import pathlib
+import re
 import signal
 import socket
 import subprocess
@@ -22,7 +23,8 @@ from collections.abc import Sequence
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 EFFECTS = (3, -signal.SIGABRT)   # how processes end because another did
-_NOISE = b"[Gloo] Rank"      # that the library of CPU collectives prints when it has connected
+# What the library of CPU collectives prints when it has connected, several threads at once.
+_NOISE = re.compile(rb"\[Gloo\] Rank|connected to \d+ peer ranks|connected peer ranks is")
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -68,7 +70,7 @@ def start(flags: argparse.Namespace, rest: Sequence[str]) -> list[subprocess.Pop
 def show(index: int, process: subprocess.Popen) -> None:
   """Prints what a process prints, line by line, until it has ended."""
   for line in process.stdout:
-    if not line.startswith(_NOISE):
+    if not _NOISE.search(line):
       sys.stdout.buffer.write(f"[{index}] ".encode() + line)
       sys.stdout.buffer.flush()
 

@@ -1,14 +1,21 @@
 """What all tests share."""
 
+import atexit
 import gc
 import json
 import os
 import pathlib
+import shutil
+import tempfile
 
 # The tests compile much and compute little. None is set where the caller has set it.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+if not {"JAX_ENABLE_COMPILATION_CACHE", "JAX_COMPILATION_CACHE_DIR"} & set(os.environ):
+  # Many run the same program; what they compile is kept for all until the last has run.
+  os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="advprop_jax_tests_")
+  os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+  atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 import jax
 import pytest

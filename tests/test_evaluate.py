@@ -135,7 +135,7 @@ def test_four_devices_count_each_image_once(tmp_path):
          "--config.data.train_split=train[:64]", "--config.data.test_split=test[:1003]",
          "--config.eval.batch_size=64", "--config.eval.benchmarks=clean,adversarial", *flags],
         cwd=ROOT, capture_output=True, text=True, check=False,
-        env={**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0 "
+        env={**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=1 "
              f"--xla_force_host_platform_device_count={devices}"})
     assert done.returncode == 0, done.stderr
     summary = json.loads((workdir / "summary.json").read_text())

@@ -261,7 +261,8 @@ def test_killed_five_times(tmp_path):
            "--config.eval.benchmarks=clean,adversarial",
            "--config.checkpoint.every_steps=3", "--config.eval.every_epochs=0",
            "--config.train.log_every=1"]
-  cache = {**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "true",
+  cache = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=1",
+           "JAX_ENABLE_COMPILATION_CACHE": "true",
            "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),
            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 
