@@ -191,7 +191,7 @@ class Checkpoints:
         self._manager = None
 
   def _raise_if_failed(self, failure: Exception | None) -> None:
-    reasons = agreement.said_by_any(None if failure is None else brief(failure))
+    reasons = agreement.said_by_any(None if failure is None else brief(_origin(failure)))
     if not reasons:
       return
     # Who waited in vain for a process whose disk is full knows less than that one.
@@ -340,6 +340,14 @@ class Checkpoints:
   def _score(self, step: int) -> float | None:
     value = self._metrics.get(step, {}).get(self._best_metric)
     return value if value is not None and math.isfinite(value) else None
+
+
+def _origin(failure: Exception) -> BaseException:
+  """The system's error that it came of, if any: in a pod Orbax fails again where it cleans up."""
+  error = failure
+  while error is not None and getattr(error, "errno", None) is None:
+    error = error.__cause__ or error.__context__
+  return error or failure
 
 
 class _NewestAndBest(ocp.checkpoint_managers.PreservationPolicy):
