@@ -143,10 +143,10 @@ def fit(experiment: Experiment, state: TrainState, batches, checkpoints: Checkpo
   tolerant = functools.partial(warned_of, config.checkpoint.on_failure == "continue", progress.note)
   before = batches.get_state()["batches"] - int(state.step)   # not 0 where batches were left out
 
-  def save(step, results, tolerant):
+  def save(step, results, needed):
     with tolerant():
       checkpoints.wait()             # for the one before, whose failure need not be this one's
-    with tolerant():
+    with contextlib.nullcontext() if needed else tolerant():
       checkpoints.save(step, state, {**batches.get_state(), "skips": skips}, config.to_dict(),
                        results and {BEST_METRIC: results["top1"]})
 
@@ -188,7 +188,7 @@ def fit(experiment: Experiment, state: TrainState, batches, checkpoints: Checkpo
       except Preempted:                # the state is worth more than this evaluation
         stop_now, save_now = step < total, True
     if save_now:
-      save(step, results, contextlib.nullcontext if stop_now or step == total else tolerant)
+      save(step, results, needed=stop_now or step == total)
     if stop_now:
       checkpoints.wait()
       raise Preempted(f"Stopped after step {step} of {total}, whose checkpoint is written; "
