@@ -29,8 +29,6 @@ _MODE = flags.DEFINE_enum(
     "network will see, and the speed of the data. report: figures and a "
     "page of this run, and of those that --config.report.runs names.")
 
-BAD_INPUT = 2  # exit code
-
 
 def main(argv: list[str]) -> None:
   """Runs one verb on one config."""
@@ -57,7 +55,7 @@ def run() -> None:
     app.run(main, flags_parser=lambda argv: command.parse(argv, _CONFIG))
   except InputError as error:
     print(f"Error: {error}", file=sys.stderr)
-    sys.exit(BAD_INPUT)
+    sys.exit(error.code)
   except Preempted as end:
     print(end, file=sys.stderr)
 

@@ -4,6 +4,7 @@ What the network says of each image is brought to the host, a few bytes an image
 standard errors are made there, in float64. So the same compiled step serves any number of sets.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -12,6 +13,7 @@ import json
 import math
 import pathlib
 import pickle
+import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -103,10 +105,10 @@ class Measurer:
         raises.
     """
     settings, given = self._config.eval, self._given(variables, one)
-    try:
-      key = kept and agreement.is_first() and fingerprint(self._model, self._config, one, given)
-    except InputError:                 # of an image, as all will see when they come to it
-      kept = key = None
+    key = None                         # of process 0, which alone reads and writes
+    if kept and agreement.is_first():
+      with contextlib.suppress(InputError):   # of an image: who comes to it will say so
+        key = fingerprint(self._model, self._config, one, given)
     answers = kept_by_first(kept, key, len(one.source))
     batches = self.batches(one)
     first = -(-answers.done // settings.batch_size)
@@ -122,14 +124,14 @@ class Measurer:
       while len(running) > (not parallel.wait_each_step()):
         answers.add(jax.device_get(running.pop(0)))
         progress.update(-(-answers.done // settings.batch_size))
-        if kept and time.monotonic() - saved > SECONDS_BETWEEN_SAVES:
-          write_kept(kept, key, answers)
+        if key and time.monotonic() - saved > SECONDS_BETWEEN_SAVES:
+          key = write_kept(kept, key, answers)
           saved = time.monotonic()
     for said in jax.device_get(running):
       answers.add(said)
     if answers.done != len(one.source):
       raise AssertionError(f"{answers.done} images counted, {len(one.source)} are there")
-    if kept:
+    if key:
       write_kept(kept, key, answers)
     _require_finite(answers, one)
     return answers
@@ -281,7 +283,7 @@ def kept_by_first(path: pathlib.Path | None, key: str | None, images: int) -> An
   none = Answers.none_of(images)
   if path is None:
     return none
-  read = (read_kept(path, key, images) if agreement.is_first() else None) or none
+  read = (key and read_kept(path, key, images)) or none
   done = agreement.from_first(read.done)
   if not done:
     return none
@@ -290,14 +292,21 @@ def kept_by_first(path: pathlib.Path | None, key: str | None, images: int) -> An
                  done=done)
 
 
-def write_kept(path: pathlib.Path, key: str, answers: Answers) -> None:
-  """Writes partial results in one piece: whoever is killed here leaves the file before."""
-  if not agreement.is_first():
-    return
+def write_kept(path: pathlib.Path, key: str, answers: Answers) -> str | None:
+  """Writes partial results in one piece: whoever is killed here leaves the file before.
+
+  Returns:
+    The key; None where they cannot be written, which is said and ends nothing.
+  """
   content = io.BytesIO()
   np.savez(content, key=key, **dataclasses.asdict(answers))
-  make_workdir(str(path.parent))
-  write_bytes(path, content.getvalue())
+  try:
+    make_workdir(str(path.parent))
+    write_bytes(path, content.getvalue())
+  except InputError as error:
+    print(f"Warning: {error} The evaluation goes on without partial results.", file=sys.stderr)
+    return None
+  return key
 
 
 def _require_finite(answers: Answers, one: Pass) -> None:

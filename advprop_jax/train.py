@@ -25,6 +25,7 @@ from advprop_jax.runtime.faults import RESUME, NotFinite, Preempted, Preemption,
 from advprop_jax.runtime.metrics import MetricsWriter, Progress, read_json, table, write_json
 from advprop_jax.runtime.workdir import (
   LATER,
+  RESTARTED,
   make_workdir,
   refuse_other_config,
   refuse_other_run,
@@ -208,7 +209,7 @@ def start_or_resume(experiment: Experiment, checkpoints: Checkpoints,
     batches.set_state({"batches": 0})
     state, weights = initial_state(experiment)
     return jax.device_put(state, parallel.replicated()), 0, str(weights)
-  refuse_other_config(experiment.config, restored.config, workdir, ignored=LATER)
+  refuse_other_config(experiment.config, restored.config, workdir, ignored=(*LATER, *RESTARTED))
   batches.set_state(restored.iterator)
   return (restored.state, restored.iterator.get("skips", 0),
           f"those of the checkpoint of step {restored.step}")
@@ -239,14 +240,15 @@ def require_same_data(experiment: Experiment) -> None:
 
 
 def claim_workdir(experiment: Experiment, workdir: str) -> None:
-  """Writes config.json, or checks that the one there is the same; writes classes.json.
+  """Checks that a config.json there is of the same run; writes it, and classes.json.
 
   Raises:
     InputError: workdir cannot be written, or holds a run of another config.
   """
   make_workdir(workdir)
   require_shared(workdir)
-  if not refuse_other_run(experiment.config, workdir) and agreement.is_first():
+  refuse_other_run(experiment.config, workdir, RESTARTED)
+  if agreement.is_first():
     write_json(os.path.join(workdir, "config.json"), experiment.config.to_dict())
   if agreement.is_first():
     write_classes(workdir, experiment.train_source.class_names)

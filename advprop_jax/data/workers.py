@@ -24,7 +24,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from advprop_jax.errors import InputError
+from advprop_jax.errors import FaultError
 
 Batch = dict[str, np.ndarray]
 
@@ -64,7 +64,8 @@ class WorkerBatches(Iterator[Batch]):
       ours, theirs = context.Pipe()
       process = context.Process(target=_work, args=(theirs, memory, worker, num_workers, places),
                                 name=f"data worker {worker}", daemon=True)
-      process.start()
+      with _deaf_to(signal.SIGTERM):   # as the worker is until it can be by itself
+        process.start()
       theirs.close()                   # or the end of the worker would not be the end of the pipe
       self._workers.append((process, ours))
     everything = pickle.dumps((batches, first, num_threads))
@@ -97,7 +98,7 @@ class WorkerBatches(Iterator[Batch]):
       process = self._workers[worker][0]
       process.join(10)
       self.close()
-      raise InputError(f"config.data.num_workers={len(self._workers)}: a worker process that makes "
+      raise FaultError(f"config.data.num_workers={len(self._workers)}: a worker process that makes "
                        f"batches {_ending(process.exitcode)}; checkpoints are kept, and the same "
                        "command goes on from there") from error
 
@@ -136,12 +137,23 @@ def _views(slot: np.ndarray, places: dict[str, tuple]) -> Batch:
           for name, (first, shape, dtype) in places.items()}
 
 
+@contextlib.contextmanager
+def _deaf_to(number: int) -> Iterator[None]:
+  """Lets a signal wait, here and in processes that are started within."""
+  before = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
+  try:
+    yield
+  finally:
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _work(connection: Connection, memory, worker: int, num_workers: int,
           places: dict[str, tuple]) -> None:
   """A worker: says None when a slot is full, waits for an answer before it fills one again."""
   # Ctrl-C and the end of the machine are told to all: they are for the run, which then ends this.
   signal.signal(signal.SIGINT, signal.SIG_IGN)
   signal.signal(signal.SIGTERM, signal.SIG_IGN)
+  signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
   slots = np.frombuffer(memory, np.uint8).reshape(num_workers, SLOTS, -1)[worker]
   slots = [_views(slot, places) for slot in slots]
   with contextlib.suppress(EOFError, ConnectionError):         # the run has ended, or was killed

@@ -22,12 +22,14 @@ def _forward(x):
 
 
 def _backward(x, gradient):
-  # Two things are for XLA on the CPU, which has no optimization_barrier. The sigmoid is written by
+  # Two things are for XLA on the CPU, which by default drops barriers. The sigmoid is written by
   # another function than above, or it would be one of both, kept. And it waits for the gradient, or
   # those of all layers would be computed first, and kept: 0 * gradient is not simplified, as a
   # gradient that is not finite makes it nan.
+  dtype = x.dtype                      # of which bfloat16 would lose all where x is below -5
+  x, gradient = (v.astype(jnp.promote_types(dtype, jnp.float32)) for v in (x, gradient))
   sigmoid = 0.5 + 0.5 * jnp.tanh(0.5 * (x + 0 * gradient))
-  return (gradient * (sigmoid * (1 + x * (1 - sigmoid))),)
+  return ((gradient * (sigmoid * (1 + x * (1 - sigmoid)))).astype(dtype),)
 
 
 swish.defvjp(_forward, _backward)

@@ -149,15 +149,15 @@ def normalise(parts: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: floa
 
   *Source:* Ioffe and Szegedy, "Batch Normalization", ICML 2015, arXiv 1502.03167, section 3.
   """
-  mean, var = _statistics(parts, pooled)
-  multiplier = scale * jax.lax.rsqrt(var + epsilon)
-  multiplier, shift = (_per_part(v, parts) for v in (multiplier, bias - mean * multiplier))
-  return _wide(parts) * multiplier + shift, mean, var
+  return _normalise_forward(parts, scale, bias, epsilon, pooled)[0]
 
 
 def _normalise_forward(parts, scale, bias, epsilon, pooled):
-  y, mean, var = normalise(parts, scale, bias, epsilon, pooled)
-  return (y, mean, var), (parts, scale, mean, jax.lax.rsqrt(var + epsilon))
+  mean, var = _statistics(parts, pooled)
+  deviations = jax.lax.rsqrt(var + epsilon)
+  multiplier = scale * deviations
+  multiplier, shift = (_per_part(v, parts) for v in (multiplier, bias - mean * multiplier))
+  return (_wide(parts) * multiplier + shift, mean, var), (parts, scale, mean, deviations)
 
 
 def _normalise_backward(epsilon, pooled, kept, gradients):

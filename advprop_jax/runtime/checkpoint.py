@@ -21,7 +21,7 @@ import orbax.checkpoint as ocp
 from absl import logging as absl_logging
 from etils import epath
 
-from advprop_jax.errors import InputError
+from advprop_jax.errors import FaultError, InputError
 from advprop_jax.runtime import agreement
 from advprop_jax.runtime.integrity import DamagedError, brief, check_tree, verify, write_manifest
 from advprop_jax.runtime.parallel import replicated
@@ -119,8 +119,10 @@ class Checkpoints:
   def _probe(self) -> None:
     """Raises an OSError where this process can write nothing."""
     probe = self._directory / f".writable.{jax.process_index()}"
-    probe.write_text("")
-    probe.unlink()
+    try:
+      probe.write_bytes(bytes(2**16))    # a full disk still takes empty files
+    finally:
+      probe.unlink(missing_ok=True)
 
   def save(self, step: int, state: Any, iterator: dict[str, Any], config: dict[str, Any],
            metrics: dict[str, float] | None = None) -> bool:
@@ -141,7 +143,7 @@ class Checkpoints:
       False if there is a checkpoint of this step already; it stays as it is.
 
     Raises:
-      InputError: this save could not be started, or the one before it not finished (disk full);
+      FaultError: this save could not be started, or the one before it not finished (disk full);
         the checkpoints before them are whole, and `save` may be tried again.
       TypeError: iterator or config is no JSON.
     """
@@ -160,13 +162,13 @@ class Checkpoints:
       failure = None
       try:
         start()
-      except (OSError, jax.errors.JaxRuntimeError) as error:
+      except (OSError, RuntimeError) as error:   # JAX's own are the latter
         failure = error
       self._raise_if_failed(failure)
     return True
 
   def wait(self) -> None:
-    """Waits until the save under way, if any, is whole on disk; raises InputError if it failed.
+    """Waits until the save under way, if any, is whole on disk; raises FaultError if it failed.
 
     In a pod it raises on every process if it failed on one.
     """
@@ -202,7 +204,7 @@ class Checkpoints:
     step, self._saving = self._saving, None
     with contextlib.suppress(InputError):   # nothing can be written now, as the user will be told
       self._open()   # forgets the failed save, and frees what it has taken of the disk
-    raise InputError(f"The checkpoint of step {step} could not be written to {self._directory} "
+    raise FaultError(f"The checkpoint of step {step} could not be written to {self._directory} "
                      f"({reason}); free some space or choose another --workdir (whole checkpoints "
                      f"there: {self._listed()}).") from failure
 

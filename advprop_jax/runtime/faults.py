@@ -65,15 +65,12 @@ class Preemption:
 
   def __exit__(self, *_) -> None:
     if self._before is not None:
-      # In a pod others may still wait for this process, which has nothing more to lose.
-      signal.signal(signal.SIGTERM,
-                    self._before if agreement.store() is None else signal.SIG_IGN)
+      signal.signal(signal.SIGTERM, self._before)
 
   def _handle(self, handler) -> None:
     if threading.current_thread() is threading.main_thread():
       before = signal.signal(signal.SIGTERM, handler)
-      # None is a handler that was not set from Python: JAX's, which there is no way back to.
-      if self._before is None:
+      if self._before is None:         # None again: a handler that was not set from Python
         self._before = signal.SIG_DFL if before is None else before
 
   def _notice(self, number: int, frame: FrameType | None) -> None:
@@ -84,7 +81,9 @@ class Preemption:
     self._asked += 1                # not the step, which may go back
     if agreement.store() is None:
       return self._noticed
-    self._noticed = multihost_utils.reached_preemption_sync_point(self._asked)
+    # JAX says so once.
+    reached = multihost_utils.reached_preemption_sync_point(self._asked)
+    self._noticed = self._noticed or reached
     return self._noticed
 
   def at_once(self) -> None:
@@ -93,15 +92,15 @@ class Preemption:
     In a pod it still waits for all to ask: one that ends alone would be missed by the others.
     """
     if agreement.store() is None:
-      self._handle(_raise)
+      self._handle(self._strike)
     if self._noticed:
-      _raise(signal.SIGTERM, None)
+      self._strike()
 
   def end_if_reached(self) -> None:
     """Raises Preempted where `reached`."""
     if self.reached():
-      _raise(signal.SIGTERM, None)
+      self._strike()
 
-
-def _raise(number: int, frame: FrameType | None) -> None:
-  raise Preempted(f"Stopped before the results were complete; {RESUME}")
+  def _strike(self, number: int = signal.SIGTERM, frame: FrameType | None = None) -> None:
+    self._noticed = True               # what is raised in a callback of Python's may be lost there
+    raise Preempted(f"Stopped before the results were complete; {RESUME}")

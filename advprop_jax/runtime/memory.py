@@ -24,19 +24,21 @@ def keep_freed_memory() -> bool:
   and was 1.6 times slower: its free list is full of what the compiler left, and each of the small
   blocks of a step is looked for in there.)
 
-  The process keeps its peak memory until it ends. Call it before JAX's first computation; it
-  changes nothing on other platforms. Measured: tests/benchmarks/README.md.
+  The process keeps its peak memory until it ends, on hosts of other platforms too. Call it before
+  JAX's first computation. Measured: tests/benchmarks/README.md.
 
   Returns:
-    Whether there was anything to set: False where the C library is not glibc.
+    Whether it was set: False where the C library is not glibc, or refuses.
   """
   try:
     mallopt = ctypes.CDLL(None).mallopt
   except (OSError, AttributeError):
     return False
+  # Where the first is refused, as by an older glibc, the others would make it worse.
+  if not mallopt(_MMAP_THRESHOLD, _NEVER):
+    return False
   jax.config.update("jax_cpu_enable_async_dispatch", False)
-  return all([mallopt(_MMAP_THRESHOLD, _NEVER), mallopt(_TRIM_THRESHOLD, _NEVER),
-              mallopt(_TOP_PAD, _SPARE)])
+  return all([mallopt(_TRIM_THRESHOLD, _NEVER), mallopt(_TOP_PAD, _SPARE)])
 
 
 def keep_barriers() -> bool:
@@ -49,10 +51,11 @@ def keep_barriers() -> bool:
 
   Returns:
     Whether it has asked for that: not where there may be another platform than the CPU, as the flag
-    would be for all, nor where XLA_FLAGS has passes of its own to leave out.
+    would be for all, nor where XLA_FLAGS has passes of its own to leave out, or names a file.
   """
   flags = os.environ.get("XLA_FLAGS", "")
-  if "xla_disable_hlo_passes" in flags or not _is_cpu_only():
+  is_file = flags.strip() and not flags.strip().startswith("-")
+  if is_file or "xla_disable_hlo_passes" in flags or not _is_cpu_only():
     return False
   os.environ["XLA_FLAGS"] = f"{flags} {_KEEP_BARRIERS}"
   return True

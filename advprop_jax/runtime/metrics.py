@@ -21,7 +21,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 from tqdm import tqdm
 
-from advprop_jax.errors import InputError
+from advprop_jax.errors import FaultError
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -46,7 +46,7 @@ class MetricsWriter:
       writes: False for all processes of a run but one: nothing is opened or written.
 
     Raises:
-      InputError: the folder cannot be written.
+      FaultError: the folder cannot be written.
     """
     self._writes = writes
     if not writes:
@@ -57,7 +57,7 @@ class MetricsWriter:
       (workdir / "tensorboard").mkdir(parents=True, exist_ok=True)
       if start_step:
         _drop_from(workdir / "metrics.jsonl", first_step)
-      elif (workdir / "metrics.jsonl").exists():
+      elif (workdir / "metrics.jsonl").exists() and (workdir / "metrics.jsonl").stat().st_size:
         _put_aside(workdir / "metrics.jsonl")
       self._lines = (workdir / "metrics.jsonl").open("a", encoding="utf-8")
       # Not SummaryWriter: its thread still holds events when its flush returns, and they are lost
@@ -81,7 +81,7 @@ class MetricsWriter:
       scalars: name -> anything that float() takes.
 
     Raises:
-      InputError: the disk is full.
+      FaultError: the disk is full.
     """
     if not self._writes:
       return
@@ -115,12 +115,13 @@ class MetricsWriter:
     """Closes the files; nothing is left to write."""
     if not self._writes:
       return
-    self._lines.close()
-    self._events.close()
+    for file in (self._lines, self._events):
+      with contextlib.suppress(OSError):   # of what could not be written it was said before
+        file.close()
 
 
-def _not_written(path: str | os.PathLike, error: OSError) -> InputError:
-  return InputError(f"{path} cannot be written ({error.strerror}); free some space or choose "
+def _not_written(path: str | os.PathLike, error: OSError) -> FaultError:
+  return FaultError(f"{path} cannot be written ({error.strerror}); free some space or choose "
                     "another --workdir.")
 
 
@@ -288,7 +289,7 @@ def write_json(path: str | os.PathLike, data: Any) -> None:
       null.
 
   Raises:
-    InputError: it cannot be written.
+    FaultError: it cannot be written.
   """
   write_text(path, json.dumps(_jsonable(data), indent=2, allow_nan=False) + "\n")
 

@@ -26,7 +26,7 @@ import jax
 import ml_collections
 from absl import flags
 
-from advprop_jax.errors import InputError
+from advprop_jax.errors import FaultError, InputError
 from advprop_jax.runtime import agreement
 from advprop_jax.runtime.config import flatten
 from advprop_jax.runtime.faults import Preempted
@@ -47,7 +47,8 @@ _HEARTBEAT_TIMEOUT = flags.DEFINE_integer(
     lower_bound=2)
 
 MODES = ("train", "evaluate")   # that a pod can do
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy",
+             "libtpu", "jax-cuda13-pjrt", "jax-cuda12-pjrt")
 LOST = 3                    # exit code of a process that ends because another is gone
 _LEAVING_SECONDS = 5.0      # for others that end for the same reason; where all were told to,
 _TOLD_SECONDS = 60.0        # each first ends its data workers and what it writes
@@ -101,8 +102,7 @@ def joined() -> Iterator[None]:
   except (InputError, Preempted) as end:
     told = isinstance(end, Preempted)
     if not _all_end(str(end), _TOLD_SECONDS if told else _LEAVING_SECONDS):
-      code = 0 if told else 2
-      _exit(words, end if code == 0 else f"Error: {end}", code)
+      _exit(words, end if told else f"Error: {end}", 0 if told else end.code)
     words.be("")
     raise
   except BaseException as error:   # on its way out Python would wait for the others
@@ -143,7 +143,7 @@ def join(coordinator: str | None, processes: int | None, process_id: int | None,
     words.be("")
     if _NO_POD in str(error):
       return None
-    raise InputError(f"JAX cannot start this process of a pod ({error}); give --coordinator, "
+    raise FaultError(f"JAX cannot start this process of a pod ({error}); give --coordinator, "
                      "--processes and --process_id, or --processes=1 to run alone") from error
   index, count = agreement.process()
   words.be(f"Process {index} of {count} has ended before the run did: it was killed, or another "
@@ -165,11 +165,19 @@ def require_same_start(mode: str, config: ml_collections.ConfigDict, workdir: st
                      "--processes=1")
   fields = {f"config.{path}": value for path, value in flatten(config).items()
             if path not in SPEED}
-  versions = {name: metadata.version(name) for name in _PACKAGES}
+  versions = {name: _version(name) for name in _PACKAGES}
   agreement.require_same({
       "--mode": mode, "--workdir": workdir, **fields, "code of advprop_jax": code(), **versions,
       "python": platform.python_version(), "devices": jax.local_device_count(),
       "kind of device": jax.devices()[0].device_kind})
+
+
+def _version(package: str) -> str | None:
+  """None where it is not there."""
+  try:
+    return metadata.version(package)
+  except metadata.PackageNotFoundError:
+    return None
 
 
 def code() -> str:
@@ -218,7 +226,7 @@ def _reach(words: LastWords, coordinator: str, process_id: int, seconds: int) ->
       why = error.strerror or str(error)
       time.sleep(min(0.5, max(deadline - time.monotonic(), 0)))
   words.be("")
-  raise InputError(f"--coordinator={coordinator}: it did not answer within {seconds} s ({why}); "
+  raise FaultError(f"--coordinator={coordinator}: it did not answer within {seconds} s ({why}); "
                    "start process 0 there, or give its address, or a longer --start_timeout")
 
 

@@ -15,6 +15,10 @@ LATER = ("eval", "export", "report", "checkpoint")  # sections that may change l
 # Fields besides these that may be others where a run is only evaluated: which images, not how.
 EVALUATED = ("data.name", "data.dir", "data.train_split", "data.test_split", "data.broken",
              "data.crop_fraction")
+# Fields that may be others where a training goes on: what the machines and their disks ask for.
+# With other devices the numbers stay where bn_group_size x images per device does.
+RESTARTED = ("checkpoint", "train.max_skips", "train.accumulation", "model.remat",
+             "model.bn_group_size", "eval.batch_size", "eval.num_workers")
 SEEN_SECONDS = 10.0                     # in which a shared disk shows a new file everywhere
 SPEED = ("data.num_workers", "data.num_threads")    # fields that change nothing but the speed
 

@@ -149,7 +149,7 @@ def test_a_full_disk_of_one_process(cache, tmp_path, where):
 
   full = {"FULL": where}
   says = r"The checkpoint of step 4 could not be written to .*No space left on device"
-  output = run(command(tmp_path / "stop", "stop"), cache, code=2, **full)
+  output = run(command(tmp_path / "stop", "stop"), cache, code=75, **full)
   assert re.search(f"Error: {says}", output)
   assert "Traceback" not in output
   assert newest(tmp_path / "stop").step == 2

@@ -46,13 +46,16 @@ def test_arguments_reach_each_process_as_they_are(cluster, tmp_path):
 def test_a_training_that_is_not_ended_goes_back_to_the_queue(cluster, tmp_path):
   """Fails where the end of the time is taken for the end of the training, or the other way."""
   workdir = f"--workdir={tmp_path}"
-  assert "scontrol requeue 41" in cluster(workdir).stdout
-  assert "scontrol" not in cluster(workdir, srun='echo {} >"$WORKDIR/summary.json"').stdout
+  stopped = "echo 'Stopped after step 3 of 9; resume with the same command' >&2"
+  assert "scontrol requeue 41" in cluster(workdir, srun=stopped).stdout
+  assert "scontrol" not in cluster(workdir, srun="echo all is done").stdout
+  assert "scontrol" not in cluster(workdir, "--mode=evaluate").stdout
 
 
 def test_a_cancelled_job_stays_cancelled(cluster, tmp_path):
   """Fails where what a user, or Slurm itself, took away is asked for again."""
-  ran = cluster(f"--workdir={tmp_path}", state="COMPLETING")
+  ran = cluster(f"--workdir={tmp_path}", state="COMPLETING",
+                srun="echo resume with the same command")
   assert (ran.returncode, "scontrol" in ran.stdout) == (0, False)
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from advprop_jax.models import convolution
 from advprop_jax.models.activation import swish
-from advprop_jax.models.batch_norm import affine_map, normalise
+from advprop_jax.models.batch_norm import BatchNorm, affine_map, normalise
 
 TOLERANCE = 1e-10
 
@@ -99,7 +99,7 @@ def test_swish():
 # (images, height, width, channels), kernel, stride. The last three are cut into bands of rows.
 DEPTHWISE = [((3, 8, 7, 4), 3, 2), ((17, 6, 5, 4), 5, 1), ((9, 7, 9, 4), 5, 2),
              ((2, 5, 8, 3), 1, 3), ((2, 32, 28, 64), 3, 1), ((3, 21, 25, 130), 5, 1),
-             ((2, 45, 44, 128), 5, 2)]
+             ((2, 47, 44, 128), 5, 2)]
 
 
 @pytest.mark.parametrize(("shape", "size", "stride"), DEPTHWISE)
@@ -111,9 +111,60 @@ def test_depthwise(shape, size, stride):
 
 def test_bands_of_rows_are_what_the_last_shapes_are_cut_into():
   """Or the test above would not reach them."""
-  cut = [-(-height // stride) * -(-width // stride) * channels > convolution.LARGE
-         for (_, height, width, channels), _, stride in DEPTHWISE]
-  assert cut == [False] * 4 + [True] * 3
+  bands = [convolution.bands_of(-(-height // stride), -(-width // stride), channels)
+           for (_, height, width, channels), _, stride in DEPTHWISE]
+  assert bands == [1, 1, 1, 1, 16, 7, 12]
+
+
+def test_pointwise():
+  x, kernel = arrays((3, 5, 4, 6), (1, 1, 6, 7))
+  require_equal(
+      lambda x, kernel: convolution.Pointwise(7, dtype=jnp.float64).apply(
+          {"params": {"kernel": kernel}}, x),
+      lambda x, kernel: jax.lax.conv_general_dilated(
+          x, kernel, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")), x, kernel)
+
+
+def test_one_pass_of_two_domains_is_two_passes():
+  """Through what a block is made of, in training: fails where a domain's images move another's."""
+  norm = BatchNorm(("clean", "adversarial"), dtype=jnp.float64)
+  fresh = norm.init(jax.random.key(0), jnp.zeros((2, 4, 4, 6)), ("clean",), True)
+  names = sorted(fresh["params"])
+
+  def block(x, domains, kernel, taps, *affine):
+    params = dict(zip(names, affine, strict=True))
+    x = convolution.Pointwise(6, dtype=jnp.float64).apply({"params": {"kernel": kernel}}, x)
+    x = norm.apply({**fresh, "params": params}, x, domains, True)
+    return convolution.depthwise(swish(x), taps, 2)
+
+  def one(a, b, *weights):
+    return block(jnp.concatenate([a, b]), ("clean", "adversarial"), *weights)
+
+  def two(a, b, *weights):
+    return jnp.concatenate([block(a, ("clean",), *weights), block(b, ("adversarial",), *weights)])
+
+  require_equal(one, two, *arrays((3, 8, 7, 4), (3, 8, 7, 4), (1, 1, 4, 6), (3, 3, 1, 6),
+                                  *[(6,)] * len(names)))
+
+
+def test_swish_keeps_small_gradients_in_bfloat16():
+  """Fails where the sigmoid is rounded before it is subtracted."""
+  x = jnp.linspace(-12, 12, 97).astype(jnp.bfloat16)
+  ours = jax.jit(jax.grad(lambda x: jnp.sum(swish(x).astype(jnp.float32))))(x)
+  exact = jax.grad(lambda x: jnp.sum(jax.nn.silu(x)))(x.astype(jnp.float64))
+  assert ours.dtype == jnp.bfloat16
+  np.testing.assert_allclose(ours.astype(jnp.float64), exact, rtol=0.01, atol=1e-5)
+
+
+def test_second_derivatives_of_a_batch_norm():
+  """Fails where the gradient of the gradient takes the statistics for constants."""
+  parts, scale, bias, weights = arrays((1, 4, 3, 2, 5), (1, 5), (1, 5), (1, 4, 3, 2, 5))
+
+  def of_images(form):
+    return jax.grad(lambda parts: jnp.sum(weights * jnp.sin(form(parts))))
+
+  require_equal(of_images(lambda parts: normalise(parts, scale, bias, 1e-3, lambda m: m)[0]),
+                of_images(lambda parts: normalise_plainly(parts, scale, bias, 1e-3, False)), parts)
 
 
 def test_a_kernel_that_is_not_finite_is_not_hidden():

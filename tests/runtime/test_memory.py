@@ -35,7 +35,8 @@ def test_what_is_computed_again_is_not_kept():
 
 
 @pytest.mark.parametrize("variables", [
-    {"JAX_PLATFORMS": "tpu,cpu"}, {"XLA_FLAGS": "--xla_disable_hlo_passes=dce"}])
+    {"JAX_PLATFORMS": "tpu,cpu"}, {"XLA_FLAGS": "--xla_disable_hlo_passes=dce"},
+    {"XLA_FLAGS": "/some/file"}])
 def test_flags_of_others_are_left_alone(variables):
   program = ("import os; from advprop_jax.runtime.memory import keep_barriers; "
              "print(keep_barriers(), os.environ['XLA_FLAGS'])")
