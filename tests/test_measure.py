@@ -253,6 +253,15 @@ def test_batches_of_another_size_go_on_too(subject, tmp_path):
   np.testing.assert_allclose(again.loss, whole.loss, rtol=1e-5)
 
 
+def test_partial_results_that_cannot_be_written_end_nothing(subject, tmp_path, capsys):
+  (tmp_path / "kept").write_text("a file, where the folder would be")
+  one, variables = contract.test_pass(subject), distinct_variables()
+  measurer = measurer_of(subject)
+  answers = measurer.answers(variables, one, "clean", tmp_path / "kept/clean.npz")
+  assert answers.done == IMAGES
+  assert "goes on without partial results" in capsys.readouterr().err
+
+
 def test_a_network_of_no_numbers(subject):
   variables = jax.tree.map(lambda x: x * np.nan, distinct_variables())
   with pytest.raises(InputError, match=r"gives no numbers for 38 of 38"):

@@ -137,6 +137,21 @@ def test_resumed_is_never_stopped(undisturbed, tmp_path):
   assert numbers(tmp_path) == numbers(workdir)          # no step twice, none missing
 
 
+def test_what_machines_ask_for_may_change(undisturbed, tmp_path):
+  """Fails where a run of other devices is refused, or another learning rate is not."""
+  workdir, _ = undisturbed
+  shutil.copytree(workdir, tmp_path / "run")
+  shutil.rmtree(tmp_path / "run/checkpoints/8")
+  config = make_config(model__remat=True, train__accumulation=2, train__max_skips=1,
+                       checkpoint__keep=3)
+  train.claim_workdir(create_experiment(config, str(tmp_path / "run")), str(tmp_path / "run"))
+  saved = json.loads((tmp_path / "run/config.json").read_text())
+  assert (saved["model"]["remat"], saved["train"]["accumulation"]) == (True, 2)
+  other = create_experiment(make_config(optimizer__learning_rate=0.123), str(tmp_path / "run"))
+  with pytest.raises(InputError, match=r"optimizer\.learning_rate"):
+    train.claim_workdir(other, str(tmp_path / "run"))
+
+
 def test_a_finished_run_is_only_evaluated_again(undisturbed):
   workdir, summary = undisturbed
   before = final_state(workdir)

@@ -214,6 +214,15 @@ def test_bad_input_ends_the_loop_and_the_slice(cloud):
   assert steps(cloud) == ["create", "send", "install", "start", "delete"]
 
 
+def test_a_fault_on_one_worker_of_a_slice_that_goes_is_no_refusal(cloud):
+  """Fails where the run of days ends because the bucket's mount went before the machine did."""
+  plan(cloud, "exit 143", "exit 0")
+  plan(cloud, "exit 2", "exit 0", worker=1)
+  ran = pod(cloud, "train", *SLICE, *TRAINING)
+  assert ran.returncode == 0, ran.stdout + ran.stderr
+  assert "the training was interrupted: restart 1" in ran.stdout
+
+
 def test_a_bucket_without_permission(cloud):
   """Fails where it is found out after the first epoch, is tried again, or is not named."""
   (cloud / "refuses_mounts").write_text("Error 403: no storage.objects.list access\n" * 9)
