@@ -297,11 +297,14 @@ def test_a_reader_never_sees_half_a_json_file(tmp_path):
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_a_full_disk_is_said_in_one_sentence(tmp_path):
   """Fails where closing the file, on the way out, raises what hides it."""
-  with (pytest.raises(InputError, match=r"cannot be written \(No space left"),
-        MetricsWriter(tmp_path) as writer):
-    writer._lines.close()
-    writer._lines = open("/dev/full", "a", encoding="utf-8")   # noqa: SIM115  close() is its end
-    writer.write(2, {"loss": 1.0})
+  def write():
+    with MetricsWriter(tmp_path) as writer:
+      writer._lines.close()
+      writer._lines = open("/dev/full", "a", encoding="utf-8")   # noqa: SIM115  close() is its end
+      writer.write(2, {"loss": 1.0})
+
+  with pytest.raises(InputError, match=r"cannot be written \(No space left"):
+    write()
 
 
 def test_a_full_disk_leaves_the_old_json_file_and_no_other(tmp_path, monkeypatch):
