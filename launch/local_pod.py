@@ -83,8 +83,8 @@ def watch(processes: Sequence[subprocess.Popen], grace: float) -> int:
     grace: seconds for the others to end by themselves when one has failed.
   """
   deadline = None
-  while any(process.poll() is None for process in processes):
-    if deadline is None and any(process.returncode for process in processes):
+  while None in (codes := [process.poll() for process in processes]):   # asks all of them
+    if deadline is None and any(codes):
       time.sleep(0.1)                # for others that fail at the same moment, as cause or effect
       deadline = time.monotonic() + grace
       code = first_cause([process.poll() for process in processes])

@@ -4,11 +4,15 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
+import time
 
 import jax
 import numpy as np
 import pytest
 
+from launch import local_pod as launcher
 from tests import pods
 from tests.pods import local_pod, newest, run, single
 
@@ -62,6 +66,15 @@ def test_two_processes_are_four_devices_are_one(pod, cache, tmp_path):
 def fresh_like(state):
   """What has not been trained: the comparison would find it."""
   return jax.tree.map(lambda x: x if x.ndim == 0 else np.zeros_like(x), state)
+
+
+def test_the_launcher_sees_the_end_of_any_process():
+  """Fails where it looks no further than the first that runs."""
+  processes = [subprocess.Popen([sys.executable, "-c", program])
+               for program in ("import time; time.sleep(60)", "raise SystemExit(7)")]
+  start = time.monotonic()
+  assert launcher.watch(processes, grace=0.5) == 7
+  assert time.monotonic() - start < 30
 
 
 def test_one_process_writes_and_talks(pod):
