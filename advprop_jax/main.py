@@ -45,7 +45,7 @@ def main(argv: list[str]) -> None:
 
 
 def run() -> None:
-  """The command line: bad input ends in one sentence and exit code 2, without a traceback."""
+  """The command line: an InputError ends in its sentence and exit code, without a traceback."""
   keep_freed_memory()
   keep_barriers()
   keep_compiled()

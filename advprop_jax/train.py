@@ -250,7 +250,6 @@ def claim_workdir(experiment: Experiment, workdir: str) -> None:
   refuse_other_run(experiment.config, workdir, RESTARTED)
   if agreement.is_first():
     write_json(os.path.join(workdir, "config.json"), experiment.config.to_dict())
-  if agreement.is_first():
     write_classes(workdir, experiment.train_source.class_names)
 
 

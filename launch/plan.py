@@ -41,7 +41,7 @@ _SEARCH = flags.DEFINE_bool("search", True, "Try smaller micro-batches where the
 _KEPT = flags.DEFINE_bool("kept", True, "Take results that were kept; --nokept compiles again.")
 _HLO = flags.DEFINE_string("hlo", None, "File for the text of the last compiled program.")
 
-BAD_INPUT, DOES_NOT_FIT = 2, 1         # exit codes
+DOES_NOT_FIT = 1                       # exit code
 
 
 def main(argv: list[str]) -> int:
@@ -80,7 +80,7 @@ def run() -> None:
     app.run(main, flags_parser=lambda argv: command.parse(argv, _CONFIG, with_chips))
   except InputError as error:
     print(f"Error: {error}", file=sys.stderr)
-    sys.exit(BAD_INPUT)
+    sys.exit(error.code)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import pathlib
-import socket
 import subprocess
 import sys
 import time
@@ -108,9 +107,3 @@ def newest(workdir: pathlib.Path) -> Restored:
   abstract = jax.eval_shape(lambda: fresh_state(create_experiment(config)))
   with Checkpoints(workdir / "checkpoints", write=False) as checkpoints:
     return checkpoints.restore_latest(abstract)
-
-
-def free_port() -> int:
-  """A port that nobody listens on."""
-  with socket.create_server(("127.0.0.1", 0)) as server:
-    return server.getsockname()[1]

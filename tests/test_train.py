@@ -20,7 +20,7 @@ from advprop_jax.errors import InputError
 from advprop_jax.experiment import create_experiment, fresh_state
 from advprop_jax.runtime.checkpoint import Checkpoints
 from advprop_jax.runtime.config import default_config
-from tests import one_block
+from tests import one_block, pods
 from tests.conftest import ROOT
 
 STEPS = 8
@@ -276,17 +276,12 @@ def test_killed_five_times(tmp_path):
            "--config.eval.benchmarks=clean,adversarial",
            "--config.checkpoint.every_steps=3", "--config.eval.every_epochs=0",
            "--config.train.log_every=1"]
-  cache = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=1",
-           "JAX_ENABLE_COMPILATION_CACHE": "true",
-           "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),
-           "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-
   errors = (tmp_path / "errors").open("w")
 
   def start(workdir):
     return subprocess.Popen(
         [sys.executable, "-m", "tests.one_block", f"--workdir={workdir}", *flags], cwd=ROOT,
-        env=cache, stdout=subprocess.DEVNULL, stderr=errors)
+        env=pods.environment(tmp_path / "cache"), stdout=subprocess.DEVNULL, stderr=errors)
 
   def reached(workdir):
     path = workdir / "metrics.jsonl"

@@ -55,11 +55,12 @@ class MetricsWriter:
     first_step = start_step + 1 if start_step else 0   # from 0, step 0 is done again as well
     try:
       (workdir / "tensorboard").mkdir(parents=True, exist_ok=True)
+      lines = workdir / "metrics.jsonl"
       if start_step:
-        _drop_from(workdir / "metrics.jsonl", first_step)
-      elif (workdir / "metrics.jsonl").exists() and (workdir / "metrics.jsonl").stat().st_size:
-        _put_aside(workdir / "metrics.jsonl")
-      self._lines = (workdir / "metrics.jsonl").open("a", encoding="utf-8")
+        _drop_from(lines, first_step)
+      elif lines.exists() and lines.stat().st_size:
+        _put_aside(lines)
+      self._lines = lines.open("a", encoding="utf-8")
       # Not SummaryWriter: its thread still holds events when its flush returns, and they are lost
       # if the process is killed. The time keeps a quick restart from writing over its last file.
       self._events = EventsWriter(str(workdir / "tensorboard" / "events"), f".{time.time_ns()}")

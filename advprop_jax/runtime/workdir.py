@@ -85,12 +85,10 @@ def read_config(workdir: str) -> dict:
 
 
 def refuse_other_run(config: ml_collections.ConfigDict, workdir: str,
-                     ignored: tuple[str, ...] = ()) -> bool:
-  """As `refuse_other_config`, of the workdir's config.json; whether there is one."""
-  if not os.path.exists(os.path.join(workdir, "config.json")):
-    return False
-  refuse_other_config(config, read_config(workdir), workdir, ignored)
-  return True
+                     ignored: tuple[str, ...] = ()) -> None:
+  """As `refuse_other_config`, of the workdir's config.json, if there is one."""
+  if os.path.exists(os.path.join(workdir, "config.json")):
+    refuse_other_config(config, read_config(workdir), workdir, ignored)
 
 
 def refuse_other_config(config: ml_collections.ConfigDict, saved: dict, workdir: str,

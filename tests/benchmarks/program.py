@@ -58,7 +58,7 @@ def main(argv):
   cases = list(dict.fromkeys(["vanilla", "pgd0", *asked]))
   results = {}
   for case in cases:
-    results[case] = looked_at(case, _COMPILES.value if case in flags.FLAGS.cases else 1)
+    results[case] = looked_at(case, _COMPILES.value if case in asked else 1)
     flops = results[case].pop("flops")
     if case == "vanilla":
       vanilla = flops

@@ -13,6 +13,7 @@ import pytest
 
 from advprop_jax.errors import InputError
 from advprop_jax.runtime import pod
+from launch.local_pod import free_port
 from tests import pods
 from tests.conftest import ROOT
 
@@ -26,7 +27,7 @@ def one_line(output):
 
 def start_pair(tmp_path, flags=((), ()), folders=(ROOT, ROOT), workdirs=None):
   """Two processes of a pod with flags of their own."""
-  port, devices = pods.free_port(), {"JAX_NUM_CPU_DEVICES": "1"}
+  port, devices = free_port(), {"JAX_NUM_CPU_DEVICES": "1"}
   workdirs = workdirs or [tmp_path / "run"] * 2
   return [subprocess.Popen(
       [*pods.single(workdirs[index], "--config.train.steps=2", *flags[index]),
@@ -71,7 +72,7 @@ def test_without_flags_or_an_environment_there_is_no_pod():
 
 def test_a_coordinator_that_does_not_answer():
   """Address and seconds are named; fails where JAX is left to abort the process."""
-  port, start = pods.free_port(), time.monotonic()
+  port, start = free_port(), time.monotonic()
   with pytest.raises(InputError, match=rf"--coordinator=localhost:{port}: it did not answer within "
                      r"2 s \(Connection refused\)"):
     pod.join(f"localhost:{port}", 2, 1, start_timeout=2, heartbeat_timeout=10)
