@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from advprop_jax.models.precision import wide
+
 
 @jax.custom_vjp
 def swish(x: jax.Array) -> jax.Array:
@@ -27,7 +29,7 @@ def _backward(x, gradient):
   # those of all layers would be computed first, and kept: 0 * gradient is not simplified, as a
   # gradient that is not finite makes it nan.
   dtype = x.dtype                      # of which bfloat16 would lose all where x is below -5
-  x, gradient = (v.astype(jnp.promote_types(dtype, jnp.float32)) for v in (x, gradient))
+  x, gradient = wide(x), wide(gradient)
   sigmoid = 0.5 + 0.5 * jnp.tanh(0.5 * (x + 0 * gradient))
   return ((gradient * (sigmoid * (1 + x * (1 - sigmoid)))).astype(dtype),)
 

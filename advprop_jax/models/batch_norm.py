@@ -26,6 +26,8 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
+from advprop_jax.models.precision import wide
+
 
 class BatchNorm(nn.Module):
   """A bank of batch norms over the channels (the last axis).
@@ -124,7 +126,7 @@ def affine_map(parts: jax.Array, mean: jax.Array, multiplier: jax.Array,
     mean, multiplier, bias: (domains, channels) each.
   """
   mean, multiplier, bias = (_per_part(value, parts) for value in (mean, multiplier, bias))
-  return (_wide(parts) - mean) * multiplier + bias
+  return (wide(parts) - mean) * multiplier + bias
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -157,21 +159,21 @@ def _normalise_forward(parts, scale, bias, epsilon, pooled):
   deviations = jax.lax.rsqrt(var + epsilon)
   multiplier = scale * deviations
   multiplier, shift = (_per_part(v, parts) for v in (multiplier, bias - mean * multiplier))
-  return (_wide(parts) * multiplier + shift, mean, var), (parts, scale, mean, deviations)
+  return (wide(parts) * multiplier + shift, mean, var), (parts, scale, mean, deviations)
 
 
 def _normalise_backward(epsilon, pooled, kept, gradients):
   del epsilon
   parts, scale, mean, deviations = kept  # the last: how many standard deviations one unit is
-  gradient, wide, axes = gradients[0], _wide(parts), tuple(range(1, parts.ndim - 1))
+  gradient, x, axes = gradients[0], wide(parts), tuple(range(1, parts.ndim - 1))
   # Of (parts - mean), without making it: XLA would do so in the forward pass, and keep it.
   of_bias = jnp.sum(gradient, axes)
-  of_scale = deviations * (jnp.sum(gradient * wide, axes) - mean * of_bias)
+  of_scale = deviations * (jnp.sum(gradient * x, axes) - mean * of_bias)
   shift, slope = deviations * pooled(
       scale * jnp.stack([of_bias, of_scale * deviations]) / parts[0, ..., 0].size)
   multiplier, shift, slope = (_per_part(value, parts) for value in (
       scale * deviations, shift - mean * slope, slope))
-  return (multiplier * gradient - slope * wide - shift).astype(parts.dtype), of_scale, of_bias
+  return (multiplier * gradient - slope * x - shift).astype(parts.dtype), of_scale, of_bias
 
 
 normalise.defvjp(_normalise_forward, _normalise_backward)
@@ -188,15 +190,10 @@ def _pooled(shared, axis_name, group_size, means):
 
 def _statistics(parts, pooled):
   """Mean and variance, (domains, channels) each."""
-  parts, axes = _wide(parts), tuple(range(1, parts.ndim - 1))
+  parts, axes = wide(parts), tuple(range(1, parts.ndim - 1))
   # One mean of both, and so one collective where replicas are normalised as one.
   mean, mean_of_squares = pooled(jnp.stack([jnp.mean(parts, axes), jnp.mean(parts * parts, axes)]))
   return mean, jnp.maximum(mean_of_squares - jnp.square(mean), 0.0)
-
-
-def _wide(x):
-  """x in the precision of statistics: float32, or float64 where x has it."""
-  return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _per_part(value, parts):

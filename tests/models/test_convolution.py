@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from advprop_jax.models import convolution
-from advprop_jax.models.convolution import Convolution, Depthwise, Pointwise, depthwise
+from advprop_jax.models.convolution import Convolution, Depthwise, Pointwise
+from advprop_jax.models.depthwise import depthwise, depthwise_native, depthwise_shifted
 
 # (images, height, width), kernel, stride: even and odd sides, sides below the kernel's, and
 # numbers of images that the groups of the CPU's form do not divide.
@@ -41,7 +41,7 @@ def test_depthwise_pads_as_tensorflow_does(shape, size, stride):
   """Fault: PyTorch's symmetric padding, which differs for stride 2 and even sides."""
   x, kernel = make_inputs(shape, size)
   expected = depthwise_by_hand(np.asarray(x), np.asarray(kernel), stride)
-  for form in (convolution.depthwise_native, convolution.depthwise_shifted):
+  for form in (depthwise_native, depthwise_shifted):
     np.testing.assert_allclose(form(x, kernel, stride), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -51,7 +51,7 @@ def test_both_forms_have_the_same_gradients(shape, size, stride):
   x, kernel = make_inputs(shape, size)
   y, backward = jax.vjp(functools.partial(depthwise, stride=stride), x, kernel)
   expected, backward_native = jax.vjp(
-      functools.partial(convolution.depthwise_native, stride=stride), x, kernel)
+      functools.partial(depthwise_native, stride=stride), x, kernel)
   np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
   gradient = jnp.asarray(np.random.default_rng(1).normal(size=y.shape), jnp.float32)
   for ours, theirs in zip(backward(gradient), backward_native(gradient), strict=True):
@@ -66,7 +66,7 @@ def test_second_derivatives_agree():
     return jnp.sum(jnp.square(gradient))
 
   ours, native = (jax.grad(functools.partial(penalty, form))(kernel)
-                  for form in (depthwise, convolution.depthwise_native))
+                  for form in (depthwise, depthwise_native))
   np.testing.assert_allclose(ours, native, rtol=1e-3)
 
 

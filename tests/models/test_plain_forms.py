@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from advprop_jax.models import convolution
+from advprop_jax.models import convolution, dense, depthwise
 from advprop_jax.models.activation import swish
 from advprop_jax.models.batch_norm import BatchNorm, affine_map, normalise
 
@@ -105,13 +105,13 @@ DEPTHWISE = [((3, 8, 7, 4), 3, 2), ((17, 6, 5, 4), 5, 1), ((9, 7, 9, 4), 5, 2),
 @pytest.mark.parametrize(("shape", "size", "stride"), DEPTHWISE)
 def test_depthwise(shape, size, stride):
   x, kernel = arrays(shape, (size, size, 1, shape[-1]))
-  require_equal(functools.partial(convolution.depthwise, stride=stride),
-                functools.partial(convolution.depthwise_native, stride=stride), x, kernel)
+  require_equal(functools.partial(depthwise.depthwise, stride=stride),
+                functools.partial(depthwise.depthwise_native, stride=stride), x, kernel)
 
 
 def test_bands_of_rows_are_what_the_last_shapes_are_cut_into():
   """Or the test above would not reach them."""
-  bands = [convolution.bands_of(-(-height // stride), -(-width // stride), channels)
+  bands = [depthwise.bands_of(-(-height // stride), -(-width // stride), channels)
            for (_, height, width, channels), _, stride in DEPTHWISE]
   assert bands == [1, 1, 1, 1, 16, 7, 12]
 
@@ -135,7 +135,7 @@ def test_one_pass_of_two_domains_is_two_passes():
     params = dict(zip(names, affine, strict=True))
     x = convolution.Pointwise(6, dtype=jnp.float64).apply({"params": {"kernel": kernel}}, x)
     x = norm.apply({**fresh, "params": params}, x, domains, True)
-    return convolution.depthwise(swish(x), taps, 2)
+    return depthwise.depthwise(swish(x), taps, 2)
 
   def one(a, b, *weights):
     return block(jnp.concatenate([a, b]), ("clean", "adversarial"), *weights)
@@ -171,14 +171,14 @@ def test_a_kernel_that_is_not_finite_is_not_hidden():
   """The branch that fences the sum of taps asks whether the kernel's first number is one."""
   x, kernel = arrays((2, 5, 6, 3), (3, 3, 1, 3))
   for value in (np.nan, np.inf):
-    y = convolution.depthwise(x, kernel.at[0, 0, 0, 0].set(value), 1)
+    y = depthwise.depthwise(x, kernel.at[0, 0, 0, 0].set(value), 1)
     assert not np.isfinite(y[..., 0]).any()
     assert value != np.inf or np.isfinite(y[..., 1:]).all()
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize(("size", "stride"), [(3, 1), (3, 2), (7, 2), (1, 2)])
-@pytest.mark.parametrize("channels", [convolution.FEW - 1, convolution.FEW + 1])
+@pytest.mark.parametrize("channels", [dense.FEW - 1, dense.FEW + 1])
 def test_dense(channels, size, stride, symmetric):
   x, kernel = arrays((3, 11, 8, channels), (size, size, channels, 6))
   padding = [(size // 2, size // 2)] * 2 if symmetric else "SAME"
@@ -187,5 +187,5 @@ def test_dense(channels, size, stride, symmetric):
     return jax.lax.conv_general_dilated(x, kernel, (stride, stride), padding,
                                         dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
-  require_equal(lambda x, kernel: convolution.dense(x, kernel, stride, symmetric), native,
+  require_equal(lambda x, kernel: dense.dense(x, kernel, stride, symmetric), native,
                 x, kernel)

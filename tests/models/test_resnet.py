@@ -15,7 +15,7 @@ from flax import traverse_util
 from advprop_jax import models
 from advprop_jax.models import create_model, network, resnet
 from advprop_jax.models.batch_norm import BatchNorm, drop_auxiliary
-from advprop_jax.models.convolution import FEW, dense
+from advprop_jax.models.dense import FEW, dense
 from advprop_jax.models.resnet import Architecture, ResNet
 
 # Trainable parameters with 1000 classes, measured on timm 1.0.31 (the published ones; the tiny

@@ -1,0 +1,58 @@
+"""Windows of images, as convolutions move them: padding, shifts, and phases of a stride."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+
+def same_padding(length: int, size: int, stride: int) -> tuple[int, int]:
+  """TensorFlow's 'SAME': (before, after) along an axis of this length."""
+  total = max((-(-length // stride) - 1) * stride + size - length, 0)
+  return total // 2, total - total // 2
+
+
+def result_size(shape: tuple[int, ...], stride: int) -> tuple[int, int]:
+  """Height and width of what 'SAME' makes of images of this shape, (n, h, w, ...)."""
+  return -(-shape[1] // stride), -(-shape[2] // stride)
+
+
+def window(image: jax.Array, i: int, j: int, height: int, width: int, stride: int) -> jax.Array:
+  """Every stride-th pixel from row i, column j on: (n, height, width, ...)."""
+  rest = image.ndim - 3
+  ends = (image.shape[0], i + (height - 1) * stride + 1, j + (width - 1) * stride + 1,
+          *image.shape[3:])
+  return jax.lax.slice(image, (0, i, j, *[0] * rest), ends, (1, stride, stride, *[1] * rest))
+
+
+def phases_of(kernel: jax.Array, stride: int, padding: Sequence[tuple[int, int]]
+              ) -> tuple[jax.Array, list[tuple[int, int]]]:
+  """The kernel, seen from the gradient of its convolution, phase by phase of the image.
+
+  Row `stride * r + p` of the image is of phase p. Tap i brings it to row r + m of the result,
+  where i = p + before - stride * m: a shift by m for each run of `stride` taps.
+
+  Args:
+    kernel: (k, k, inputs, outputs).
+    stride: along both axes.
+    padding: of the image, (before, after) along both axes.
+
+  Returns:
+    The taps, (shifts, shifts, stride, stride, inputs, outputs), zero where the kernel has none, and
+    by how many pixels the shifts reach over the result, (before, after) along both axes.
+  """
+  size, ends, margins = len(kernel), [], []
+  for before, _ in padding:
+    up, down = (size - 1 - before) // stride, (stride - 1 + before) // stride
+    margins.append((up, down))
+    ends.append((stride * down - before, stride * (up + 1) + before - size))
+  runs = jnp.pad(kernel, (*ends, (0, 0), (0, 0)))
+  runs = runs.reshape(-1, stride, sum(margins[1]) + 1, stride, *kernel.shape[2:])
+  return jnp.flip(runs, (0, 2)).swapaxes(1, 2), margins
+
+
+def from_phases(phases: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+  """(n, rows, phases, columns, phases, c) -> images of this shape, (n, h, w, c)."""
+  rows, stride, columns = phases.shape[1:4]
+  image = phases.reshape(-1, rows * stride, columns * stride, shape[3])
+  return image[:, :shape[1], :shape[2]]
