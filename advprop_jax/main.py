@@ -13,7 +13,8 @@ from advprop_jax.errors import InputError
 from advprop_jax.runtime import command, pod
 from advprop_jax.runtime.compilation import keep_compiled
 from advprop_jax.runtime.faults import Preempted
-from advprop_jax.runtime.memory import keep_barriers, keep_freed_memory
+from advprop_jax.runtime.memory import keep_freed_memory
+from advprop_jax.runtime.xla_flags import set_flags
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "A file with get_config(); FILE.py:VARIANT passes VARIANT to it, and "
@@ -47,7 +48,7 @@ def main(argv: list[str]) -> None:
 def run() -> None:
   """The command line: an InputError ends in its sentence and exit code, without a traceback."""
   keep_freed_memory()
-  keep_barriers()
+  set_flags()
   keep_compiled()
   for stream in (sys.stdout, sys.stderr):   # names of files may be what they cannot encode
     stream.reconfigure(errors="backslashreplace")

@@ -167,7 +167,8 @@ def fit(experiment: Experiment, state: TrainState, batches, checkpoints: Checkpo
   unread = None
   for step in range(int(state.step) + 1, total + 1):
     # The step before may still run here, as its metrics are read below. The call does not wait for
-    # it, so this batch travels to the device meanwhile: to send it earlier would gain nothing.
+    # it, so this batch travels to the device meanwhile: to send it earlier would gain nothing. (On
+    # the CPU a step has ended when its call has.)
     state, metrics = step_fn(state, parallel.shard(next(batches)))
     if unread:
       record(*unread)

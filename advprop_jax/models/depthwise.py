@@ -12,7 +12,14 @@ import jax
 import jax.numpy as jnp
 
 from advprop_jax.models.precision import wide
-from advprop_jax.models.windows import from_phases, phases_of, result_size, same_padding, window
+from advprop_jax.models.windows import (
+  apart,
+  from_phases,
+  phases_of,
+  result_size,
+  same_padding,
+  window,
+)
 
 # On the CPU: how many pieces of images are added up elementwise for the weight gradient, and from
 # how many values on one image is as many pieces.
@@ -76,7 +83,7 @@ def depthwise_shifted(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array
     return sum(window(images, i, j, height, width, stride) * taps[i, j, 0]
                for i in range(size) for j in range(size))
 
-  return _apart(convolve, x, kernel).astype(x.dtype)
+  return apart(convolve, x, kernel).astype(x.dtype)
 
 
 @functools.partial(jax.jit, static_argnames=("stride", "shape"))
@@ -93,7 +100,7 @@ def _shifted_input_gradient(gradient, kernel, stride, shape):
                  for i in range(len(taps)) for j in range(taps.shape[1]))
     return from_phases(phases, shape)
 
-  return _apart(convolve, gradient, kernel)
+  return apart(convolve, gradient, kernel)
 
 
 @functools.partial(jax.jit, static_argnames=("stride", "shape"))
@@ -133,19 +140,6 @@ def bands_of(height: int, width: int, channels: int) -> int:
   if height * width * channels <= LARGE:
     return 1
   return max(n for n in range(1, _PIECES + 1) if height % n == 0)
-
-
-def _apart(function, x, kernel):
-  """function(x), computed once and kept: in a branch of its own, always taken.
-
-  Without this fence XLA, which on the CPU keeps no optimization_barrier unless it is told to
-  (runtime/memory.py), computes all taps again in each of the operations that read the result, and
-  what made x again for each tap: 1.1 to 1.4 times as long. What tells the branch is not known to
-  the compiler: whether a number of the kernel is one.
-  """
-  result = jax.eval_shape(function, x)
-  return jax.lax.cond(kernel[0, 0, 0, 0] == kernel[0, 0, 0, 0], function,
-                      lambda x: jnp.full_like(x, jnp.nan, result.dtype, result.shape), x)
 
 
 def _groups(x, images):

@@ -32,8 +32,7 @@ def replicated(devices: Sequence[jax.Device] | None = None) -> jax.sharding.Name
   is donated without a copy, and the step compiles once; any other sharding makes it compile twice,
   for the first step and for all others.
   """
-  mesh = jax.sharding.Mesh(np.array(devices or jax.local_devices()), (AXIS,))
-  return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  return _local(devices or jax.local_devices())
 
 
 def run_once(create: Callable):
@@ -46,10 +45,18 @@ def run_once(create: Callable):
   return jax.jit(create, compiler_options=hurry)()
 
 
-def shard(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """Splits (n, ...) arrays of this process into (local devices, n / local devices, ...)."""
+def shard(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray | jax.Array]:
+  """Splits (n, ...) arrays of this process into (local devices, n / local devices, ...).
+
+  On the CPU they come back on the devices. Where an input is still on its way, a program does not
+  run in the call that starts it, in the heap that keeps its temporaries (runtime/memory.py), but on
+  another thread: 1.15 times as long. Elsewhere `pmap` sends them, while the step before it runs.
+  """
   devices = jax.local_device_count()
-  return {name: array.reshape(devices, -1, *array.shape[1:]) for name, array in batch.items()}
+  batch = {name: array.reshape(devices, -1, *array.shape[1:]) for name, array in batch.items()}
+  if jax.default_backend() != "cpu":
+    return batch
+  return jax.block_until_ready(jax.device_put(batch, _local(jax.local_devices(), AXIS)))
 
 
 def local_cores() -> int:
@@ -64,3 +71,9 @@ def wait_each_step() -> bool:
   with collectives are queued.
   """
   return jax.device_count() > 1 and jax.default_backend() == "cpu"
+
+
+def _local(devices, *axes):
+  """The sharding over these devices of arrays with such leading axes."""
+  mesh = jax.sharding.Mesh(np.array(devices), (AXIS,))
+  return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))

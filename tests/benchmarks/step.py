@@ -27,7 +27,8 @@ from advprop_jax.method.schemes import SCHEMES
 from advprop_jax.method.state import create_train_state
 from advprop_jax.method.step import Method, passes, train_step
 from advprop_jax.runtime import parallel
-from advprop_jax.runtime.memory import keep_barriers, keep_freed_memory
+from advprop_jax.runtime.memory import keep_freed_memory
+from advprop_jax.runtime.xla_flags import set_flags
 
 _NETWORK = flags.DEFINE_string("network", "efficientnet_tiny", "a name of models.NAMES")
 _SIZE = flags.DEFINE_integer("size", 28, "height and width, pixels")
@@ -87,7 +88,7 @@ def create(case: str):
 
 def main(argv):
   del argv
-  keep_barriers()
+  set_flags()
   if not _MALLOC.value:
     keep_freed_memory()
   cases = {case: create(case) for case in _CASES.value}
