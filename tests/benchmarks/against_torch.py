@@ -16,6 +16,7 @@ import time
 from absl import app, flags
 
 from advprop_jax.runtime.memory import keep_freed_memory
+from advprop_jax.runtime.xla_flags import set_flags
 from tests.benchmarks import step as ours
 
 _TORCH = flags.DEFINE_string("torch", "python", "an interpreter with torch and timm")
@@ -78,6 +79,7 @@ def compare(case: str) -> dict:
 def main(argv):
   del argv
   keep_freed_memory()
+  set_flags()
   for case in flags.FLAGS.cases:
     print(json.dumps({"network": flags.FLAGS.network, "size": flags.FLAGS.size,
                       "batch": flags.FLAGS.batch, **compare(case)}), flush=True)

@@ -17,6 +17,7 @@ import jax
 from absl import app, flags
 
 from advprop_jax.runtime.memory import keep_freed_memory
+from advprop_jax.runtime.xla_flags import set_flags
 from tests.benchmarks.step import build
 
 _TOP = flags.DEFINE_integer("top", 10, "operations to be printed")
@@ -66,6 +67,7 @@ def kind(place: str) -> str:
 def main(argv):
   del argv
   keep_freed_memory()
+  set_flags()
   for case in flags.FLAGS.cases:
     step, state, batch = build(case)
     compiled = step.lower(state, batch).compile()

@@ -19,6 +19,7 @@ from absl import app, flags
 
 from advprop_jax.runtime import hlo
 from advprop_jax.runtime.memory import keep_freed_memory
+from advprop_jax.runtime.xla_flags import set_flags
 from tests.benchmarks.step import build
 
 _DEVICES = flags.DEFINE_integer("devices", 1, "virtual CPU devices")
@@ -53,6 +54,7 @@ def main(argv):
   os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "")
                              + f" --xla_force_host_platform_device_count={_DEVICES.value}")
   keep_freed_memory()
+  set_flags()
   # Every number of steps has the same loop, so two cases more tell what one step adds.
   asked = [case for case in flags.FLAGS.cases if not case.endswith("-one")]
   cases = list(dict.fromkeys(["vanilla", "pgd0", *asked]))
