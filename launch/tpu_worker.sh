@@ -16,8 +16,17 @@ GCSFUSE=3.11.1
 kept="$code-run"              # not in the code, which is replaced when it is sent again
 mkdir -p "$kept"
 
+# A process is noted with the machine's boot: after the next one its number is of another process.
+boot=$(cat /proc/sys/kernel/random/boot_id)
+
+note() {
+  echo "$2 $boot" >"$kept/$1"
+}
+
 alive() {
-  [[ -f "$kept/$1" ]] && kill -0 "$(cat "$kept/$1")" 2>/dev/null
+  local then=
+  if [[ -f "$kept/$1" ]]; then read -r process then <"$kept/$1"; fi
+  [[ "$then" == "$boot" ]] && kill -0 "$process" 2>/dev/null
 }
 
 install() {
@@ -41,7 +50,7 @@ start() {
   fi
   rm -f "$kept/exit_code"
   setsid nohup bash "$code/launch/tpu_worker.sh" supervise "$@" >>"$kept/log" 2>&1 </dev/null &
-  echo $! >"$kept/supervisor"
+  note supervisor $!
 }
 
 # The training saves at SIGTERM and exits with 0, as it does when all is done. What tells the two
@@ -57,7 +66,7 @@ supervise() {
   fi
   "$kept/venv/bin/python" -u -m advprop_jax.main "${arguments[@]}" &
   training=$!
-  echo "$training" >"$kept/training"
+  note training "$training"
   wait "$training" || status=$?
   while kill -0 "$training" 2>/dev/null; do    # the trap ended the wait, not the training
     status=0
@@ -135,6 +144,6 @@ case "${1:-}" in
   install|start|supervise|status|log) "$@" ;;
   follow) exec tail -n 100 -F "$kept/log" ;;
   # To the training alone: its data workers must live until it has saved.
-  stop) if alive training; then kill -TERM "$(cat "$kept/training")"; fi ;;
+  stop) if alive training; then kill -TERM "$process"; fi ;;
   *) echo "tpu_worker.sh: ${1:-nothing}: no such step" >&2; exit 2 ;;
 esac

@@ -7,11 +7,14 @@
   python -m tests.benchmarks.step --network=efficientnet_b0 --size=128 --batch=16 --remat
 
 The cases alternate, so that a machine whose speed drifts does so for all of them. Prints one JSON
-line per case: the median of the seconds, and the median of the ratios to the first case.
+line per case: the median of the seconds, and the median of the ratios to the first case; and, on
+Linux, the largest resident size of the process while the steps ran, of all cases together.
 """
 
 import functools
 import json
+import pathlib
+import re
 import statistics
 import time
 
@@ -86,6 +89,19 @@ def create(case: str):
                "temporary_MiB": round(step.memory_analysis().temp_size_in_bytes / 2**20)}
 
 
+def forget_peak() -> None:
+  """Makes `peak` that of what follows, without compilers."""
+  if pathlib.Path("/proc/self/clear_refs").exists():
+    pathlib.Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def peak() -> int | None:
+  """Largest resident size of this process, MiB; None where it is not known."""
+  status = pathlib.Path("/proc/self/status")
+  found = re.search(r"VmHWM:\s*(\d+) kB", status.read_text()) if status.exists() else None
+  return found and round(int(found.group(1)) / 1024)
+
+
 def main(argv):
   del argv
   set_flags()
@@ -93,6 +109,7 @@ def main(argv):
     keep_freed_memory()
   cases = {case: create(case) for case in _CASES.value}
   seconds = {case: [] for case in cases}
+  forget_peak()
   for _ in range(_REPEATS.value):
     for case, (run, _) in cases.items():
       start = time.perf_counter()
@@ -106,7 +123,7 @@ def main(argv):
         "network": _NETWORK.value, "size": _SIZE.value, "batch": _BATCH.value, "case": case,
         "seconds": round(median, 4), "images_per_second": round(_BATCH.value / median, 1),
         f"ratio_to_{_CASES.value[0]}": round(statistics.median(ratios), 3),
-        **compiled}))
+        **compiled, "resident_MiB": peak()}))
 
 
 if __name__ == "__main__":

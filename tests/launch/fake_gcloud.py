@@ -40,7 +40,7 @@ def end(worker):
   group = home(worker) / "advprop_jax-run" / "supervisor"
   if group.exists():
     with contextlib.suppress(ProcessLookupError):
-      os.killpg(int(group.read_text()), signal.SIGKILL)
+      os.killpg(int(group.read_text().split()[0]), signal.SIGKILL)
 
 
 def lose(how):

@@ -331,6 +331,20 @@ def test_an_hour_without_network_is_outlived(cloud):
   assert steps(cloud) == ["create", "send", "install", "start", "delete"]
 
 
+@pytest.mark.parametrize(("boots", "says"), [("one", "running"), ("two", "exit 137")])
+def test_a_machine_that_has_booted_again_runs_no_training(tmp_path, boots, says):
+  """Fails where another process that has the old one's number is taken for it."""
+  script = tmp_path / "advprop_jax" / "launch" / "tpu_worker.sh"
+  script.parent.mkdir(parents=True)
+  script.write_text((ROOT / "launch" / "tpu_worker.sh").read_text())
+  boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text() if boots == "one" else "other"
+  kept = tmp_path / "advprop_jax-run"
+  kept.mkdir()
+  (kept / "supervisor").write_text(f"{os.getpid()} {boot}")
+  ran = subprocess.run(["bash", str(script), "status"], text=True, capture_output=True, check=True)
+  assert ran.stdout == f"status: {says}\n"
+
+
 def test_the_readme_shows_what_a_dry_run_prints():
   """Fails where a command of the script was changed, and its page was not."""
   text = (ROOT / "launch" / "README.md").read_text()
