@@ -73,7 +73,7 @@ def compare(case: str) -> dict:
   ratios = [theirs / mine for mine, theirs in zip(seconds["ours"], seconds[best], strict=True)]
   return {"case": case, "torch_layout": best, "ratio": round(statistics.median(ratios), 3),
           **{name: round(statistics.median(values), 3) for name, values in seconds.items()},
-          **compiled}
+          **compiled()}
 
 
 def main(argv):
