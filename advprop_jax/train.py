@@ -91,7 +91,9 @@ def fit_past_faults(experiment: Experiment, state: TrainState, batches, checkpoi
                     ) -> tuple[TrainState, float | None]:
   """`fit`; a loss that is not finite sends it back, as often as config.train.max_skips says.
 
-  It then goes on from the newest checkpoint with the batch that follows the one of that loss.
+  It then goes on from the newest checkpoint with the batch that follows the one of that loss. Where
+  that one's loss is not finite either, it is the checkpoint that is doubted, and the one before it
+  is gone back to.
 
   Args:
     experiment, state, batches, checkpoints, preemption, evaluate_clean: as of `fit`.
@@ -101,7 +103,7 @@ def fit_past_faults(experiment: Experiment, state: TrainState, batches, checkpoi
   Returns:
     The state after the last step, and the images per second since the run was last sent back.
   """
-  first, most = agreement.is_first(), experiment.config.train.max_skips
+  first, most, sent_back = agreement.is_first(), experiment.config.train.max_skips, False
   while True:
     start = int(state.step)
     with (MetricsWriter(workdir, start, writes=first) as writer,
@@ -117,6 +119,9 @@ def fit_past_faults(experiment: Experiment, state: TrainState, batches, checkpoi
         skips += 1
         with warned_of(experiment.config.checkpoint.on_failure == "continue", progress.note):
           checkpoints.wait()
+        if sent_back and error.step == start + 1:
+          checkpoints.doubt(start)
+        sent_back = True
         state, _, _ = start_or_resume(experiment, checkpoints, batches, workdir)
         batches.set_state({"batches": error.batches})
         progress.note(f"Warning: {error.what}; back to step {int(state.step)}, and past the "
@@ -263,7 +268,7 @@ def require_finite(step: int, metrics: dict[str, float], batches: int = 0) -> No
     what = f"step {step}: the {name} is not finite ({parts})"
     raise NotFinite(f"{what}; the checkpoints before it are kept; try a lower "
                     "config.optimizer.learning_rate in another --workdir, or "
-                    "config.train.max_skips", what, batches)
+                    "config.train.max_skips", what, step, batches)
 
 
 def describe(experiment: Experiment, state: TrainState, weights: str, workdir: str) -> str:

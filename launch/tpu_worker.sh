@@ -24,9 +24,9 @@ note() {
 }
 
 alive() {
-  local then=
-  if [[ -f "$kept/$1" ]]; then read -r process then <"$kept/$1"; fi
-  [[ "$then" == "$boot" ]] && kill -0 "$process" 2>/dev/null
+  local of_boot=
+  if [[ -f "$kept/$1" ]]; then read -r process of_boot <"$kept/$1"; fi
+  [[ "$of_boot" == "$boot" ]] && kill -0 "$process" 2>/dev/null
 }
 
 install() {
@@ -119,7 +119,7 @@ mounted() {
 
 # Of what will not pass, as a failure of the network does.
 refused() {
-  grep -qiE '40[134]|permission|forbidden|not found|does not exist' "$1"
+  grep -qiE '(^|[^0-9.:])40[134]([^0-9]|$)|permission|forbidden|not found|does not exist' "$1"
 }
 
 status() {

@@ -52,12 +52,12 @@ def without(monkeypatch, left_out):
 
 @pytest.mark.parametrize(("bad", "left_out"), [
     pytest.param({6}, {5, 6}, marks=pytest.mark.slow),
-    pytest.param({1}, {1}, marks=pytest.mark.slow), ({3, 8}, {3, 8})])
+    pytest.param({1}, {1}, marks=pytest.mark.slow), ({3, 8}, {3, 8}), ({7, 8}, {5, 6, 7, 8})])
 def test_bad_batches_are_skipped(bad_batches, monkeypatch, tmp_path, capsys, bad, left_out):
   """Back to the newest checkpoint, past the bad batch: the run whose data has no such batches.
 
-  Fails where a step is lost or logged twice, where the bad batch comes again, or where the state
-  is not the checkpoint's.
+  Two in a row behind a checkpoint: back to the one before it. Fails where a step is lost or logged
+  twice, where the bad batch comes again, or where the state is not the checkpoint's.
   """
   bad_batches |= bad
   train.train(config_of({"train.max_skips": 2}), str(tmp_path / "skipping"))

@@ -263,6 +263,12 @@ class Checkpoints:
     restore = self.restore_best if which == "best" else self.restore_latest
     return restore(abstract_state, partial)
 
+  def doubt(self, step: int) -> None:
+    """Renames the checkpoint of a step to `<step>.doubted`; not the only one that there is."""
+    steps = agreement.from_first(self.steps())
+    if step in steps and len(steps) > 1:
+      self._move_aside(step, "doubted")
+
   def restore(self, step: int, abstract_state: Any, partial: bool = False) -> Restored:
     """Restores one checkpoint.
 
@@ -323,8 +329,8 @@ class Checkpoints:
     return Restored(step, _with_sharding(items["state"], replicated()), items["iterator"],
                     items["config"], items[_METRICS])
 
-  def _move_aside(self, step: int) -> str:
-    names = (f"{step}.damaged{number or ''}" for number in itertools.count())
+  def _move_aside(self, step: int, word: str = "damaged") -> str:
+    names = (f"{step}.{word}{number or ''}" for number in itertools.count())
     name = next(name for name in names if not (self._directory / name).exists())
     if agreement.is_first():
       (self._directory / str(step)).rename(self._directory / name)

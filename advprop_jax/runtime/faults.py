@@ -30,12 +30,13 @@ class NotFinite(InputError):
 
   Attributes:
     what: the message without advice.
+    step: which one.
     batches: how many batches of the data's stream were taken up to that step, itself included.
   """
 
-  def __init__(self, message: str, what: str, batches: int):
+  def __init__(self, message: str, what: str, step: int, batches: int):
     super().__init__(message)
-    self.what, self.batches = what, batches
+    self.what, self.step, self.batches = what, step, batches
 
 
 @contextlib.contextmanager

@@ -167,3 +167,26 @@ def test_the_others_end_when_one_is_killed(tmp_path, victim):
   left = [line for line in output.splitlines() if line.startswith(f"[{1 - victim}] Process")]
   assert left, output
   assert "start all processes again with the same command" in left[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_the_others_end_when_one_says_nothing_more(tmp_path, victim):
+  """As when its machine has lost its network: it is stopped, with its connections open.
+
+  Fails where only a connection that breaks is noticed.
+  """
+  heartbeat, grace = 10, 5
+  program = pods.start(
+      pods.local_pod(2, 1, tmp_path / "run", "--config.train.steps=10000",
+                     "--config.checkpoint.every_steps=5", f"--heartbeat_timeout={heartbeat}",
+                     module="tests.slowly", grace=grace), tmp_path / "cache")
+  pods.wait_for_step(program, tmp_path / "run", 6)
+  os.kill(pods.children(program)[victim], signal.SIGSTOP)
+  start = time.monotonic()
+  output, _ = program.communicate(timeout=120)
+  assert time.monotonic() - start < heartbeat + 10 + grace
+  assert program.returncode in (3, 128 + signal.SIGABRT), output
+  left = [line for line in output.splitlines() if line.startswith(f"[{1 - victim}] Process")]
+  assert left, output
+  assert "start all processes again with the same command" in left[-1]
