@@ -133,8 +133,9 @@ def join(coordinator: str | None, processes: int | None, process_id: int | None,
     _reach(words, coordinator, process_id, start_timeout)
   else:
     words = LastWords()
-    words.be(f"Error: the processes of the pod that the environment names did not all start within "
-             f"{start_timeout} s; start them all, or give --processes=1 to run alone")
+    words.be("Error: the processes of the pod that the environment names"
+             f"{_detected(start_timeout)} did not all start within {start_timeout} s; start them "
+             "all, or give --processes=1 to run alone")
   try:
     jax.distributed.initialize(
         *given, initialization_timeout=start_timeout, heartbeat_timeout_seconds=heartbeat_timeout,
@@ -151,6 +152,18 @@ def join(coordinator: str | None, processes: int | None, process_id: int | None,
            "all processes again with the same command, and the run goes on from its newest "
            "checkpoint")
   return words
+
+
+def _detected(timeout: int) -> str:
+  """The coordinator's address as JAX finds it, for a message; "" where it finds none."""
+  try:
+    from jax._src import clusters  # nothing public names the address
+
+    address, *_ = clusters.ClusterEnv.auto_detect_unset_distributed_params(
+        os.environ.get("JAX_COORDINATOR_ADDRESS"), None, None, None, None, timeout)
+  except Exception:   # whatever it is, JAX will say it when it joins
+    return ""
+  return f" (coordinator {address})" if address else ""
 
 
 def require_same_start(mode: str, config: ml_collections.ConfigDict, workdir: str) -> None:

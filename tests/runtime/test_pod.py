@@ -93,6 +93,18 @@ def test_an_environment_that_says_half():
   assert "must be called before" not in said
 
 
+def test_an_environment_whose_coordinator_does_not_answer():
+  """As Slurm's, for process 1 of 2: JAX's C++ aborts; address and seconds are the last words."""
+  program = "from advprop_jax.runtime import pod; pod.join(None, None, None, 2, 10)"
+  slurm = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2",
+           "SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_NODES": "1"}
+  done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False, text=True,
+                        capture_output=True, env={**os.environ, **slurm}, timeout=120)
+  assert done.returncode != 0
+  assert re.search(r"the environment names \(coordinator localhost:\d+\) did not all start within "
+                   "2 s", done.stderr), done.stderr
+
+
 def test_processes_of_different_configs(tmp_path):
   """The field is named with both values, before anything is made."""
   said = both_refuse(start_pair(tmp_path, ([], ["--config.attack.epsilon=3"])))
