@@ -14,7 +14,14 @@ import jax
 import jax.numpy as jnp
 
 from advprop_jax.models.precision import wide
-from advprop_jax.models.windows import apart, from_phases, phases_of, same_padding, window
+from advprop_jax.models.windows import (
+  apart,
+  from_phases,
+  phases_of,
+  result_size,
+  same_padding,
+  window,
+)
 
 FEW = 4                                # up to so many channels, those of an image
 _TAPS = 9 * FEW                        # of a kernel that is added up tap by tap: up to 3 x 3
@@ -88,7 +95,7 @@ def _sum_of_taps(x, kernel, padding, stride):
   A quarter to 0.4 of the time of XLA's routine for 27 taps, but 4 times as long for 147.
   """
   size, taps = len(kernel), wide(kernel)
-  height, width = _result_size(x.shape, size, stride, padding)
+  height, width = result_size(x.shape, stride)
 
   def convolve(x):
     x = jnp.pad(wide(x), ((0, 0), *padding, (0, 0)))
@@ -131,11 +138,6 @@ def _few_channels_gradient(gradient, kernel, stride, shape, padding):
 def _convolve(x, kernel, padding, window_strides=(1, 1), **dilation):
   return jax.lax.conv_general_dilated(x, kernel, window_strides, padding, **dilation,
                                       dimension_numbers=("NHWC", "HWIO", "NHWC"))
-
-
-def _result_size(shape, size, stride, padding):
-  return [(length + sum(ends) - size) // stride + 1
-          for length, ends in zip(shape[1:3], padding, strict=True)]
 
 
 def _dense_padding(shape, size, stride, symmetric):

@@ -13,7 +13,7 @@ def same_padding(length: int, size: int, stride: int) -> tuple[int, int]:
 
 
 def result_size(shape: tuple[int, ...], stride: int) -> tuple[int, int]:
-  """Height and width of what 'SAME' makes of images of this shape, (n, h, w, ...)."""
+  """Height and width of what 'SAME', or k // 2 for an odd k, makes of images (n, h, w, ...)."""
   return -(-shape[1] // stride), -(-shape[2] // stride)
 
 
