@@ -1,6 +1,7 @@
 """Runs of the network of one block in one process or in several, as their own programs."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import pathlib
@@ -10,7 +11,7 @@ import time
 
 import jax
 
-from advprop_jax.experiment import create_experiment, fresh_state
+from advprop_jax.experiment import Experiment, create_experiment, fresh_state
 from advprop_jax.runtime.checkpoint import Checkpoints, Restored
 from advprop_jax.runtime.config import default_config
 from tests import one_block
@@ -86,10 +87,60 @@ def wait_for_step(process: subprocess.Popen, workdir: pathlib.Path, step: int,
                   seconds: float = 200) -> None:
   """Waits until a run that is being made has written the metrics of a step."""
   deadline = time.monotonic() + seconds
-  while not any(line["step"] >= step for line in lines(workdir)):
+  while last_step(workdir) < step:
     assert process.poll() is None, process.stdout.read()
     assert time.monotonic() < deadline, f"step {step} was not reached"
     time.sleep(0.01)
+
+
+def last_step(workdir: pathlib.Path) -> int:
+  """The last one that has metrics; 0 for none."""
+  return max((line["step"] for line in lines(workdir)), default=0)
+
+
+def newest_step(workdir: pathlib.Path) -> int:
+  """Of the checkpoints that have their name; 0 for none."""
+  return max((int(path.name) for path in (workdir / "checkpoints").glob("*")
+              if path.name.isdigit()), default=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+  """A start, or a further one, of a run.
+
+  Attributes:
+    program: what was started.
+    workdir: of the run.
+    time: when, by time.monotonic().
+    saved: step of the newest checkpoint that it found; 0 for none.
+    old_file: number of the metrics' file, which a start that drops lines of steps that are made
+      again replaces; None where there are none to be dropped.
+  """
+
+  program: subprocess.Popen
+  workdir: pathlib.Path
+  time: float
+  saved: int
+  old_file: int | None
+
+  @classmethod
+  def of(cls, command: list[str], workdir: pathlib.Path, cache: pathlib.Path, **more: str):
+    """Starts a command, as `start`."""
+    saved = newest_step(workdir)
+    old_file = _file_number(workdir) if last_step(workdir) > saved else None
+    return cls(start(command, cache, **more), workdir, time.monotonic(), saved, old_file)
+
+  def wait_for_step(self, step: int, seconds: float = 120) -> float:
+    """Waits until it has done a step itself; the seconds since the start."""
+    while last_step(self.workdir) < step or _file_number(self.workdir) == self.old_file:
+      assert self.program.poll() is None, self.program.stdout.read()
+      assert time.monotonic() - self.time < seconds, f"step {step} was not reached"
+      time.sleep(0.01)
+    return time.monotonic() - self.time
+
+
+def _file_number(workdir):
+  return os.stat(workdir / "metrics.jsonl").st_ino
 
 
 def children(process: subprocess.Popen) -> list[int]:
@@ -98,12 +149,17 @@ def children(process: subprocess.Popen) -> list[int]:
   return sorted(map(int, path.read_text().split()))
 
 
-def newest(workdir: pathlib.Path) -> Restored:
-  """The newest checkpoint of a run, made with however many devices."""
+def experiment_of(workdir: pathlib.Path) -> Experiment:
+  """That of a run, on one device."""
   one_block.register()
   config = default_config()
   config.update(json.loads((workdir / "config.json").read_text()))
   config.model.bn_group_size = 1
-  abstract = jax.eval_shape(lambda: fresh_state(create_experiment(config)))
+  return create_experiment(config)
+
+
+def newest(workdir: pathlib.Path) -> Restored:
+  """The newest checkpoint of a run, made with however many devices."""
+  abstract = jax.eval_shape(lambda: fresh_state(experiment_of(workdir)))
   with Checkpoints(workdir / "checkpoints", write=False) as checkpoints:
     return checkpoints.restore_latest(abstract)

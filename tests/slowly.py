@@ -17,7 +17,12 @@ def _shard(batch, real=parallel.shard):
   return real(batch)
 
 
+def slow_down() -> None:
+  """Makes the steps of this process slow."""
+  parallel.shard = _shard
+
+
 if __name__ == "__main__":
   one_block.register()
-  parallel.shard = _shard
+  slow_down()
   main.run()

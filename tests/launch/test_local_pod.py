@@ -12,6 +12,8 @@ import jax
 import numpy as np
 import pytest
 
+from advprop_jax.experiment import fresh_state
+from advprop_jax.runtime.parallel import run_once
 from launch import local_pod as launcher
 from tests import pods
 from tests.pods import local_pod, newest, run, single
@@ -61,6 +63,28 @@ def test_two_processes_are_four_devices_are_one(pod, cache, tmp_path):
     theirs = json.loads((tmp_path / name / "summary.json").read_text())["results"]["clean"]
     np.testing.assert_allclose(results["loss"], theirs["loss"], rtol=1e-5)
   assert largest_difference(reference.state, fresh_like(reference.state)) > 1e-3
+
+
+@pytest.mark.slow
+def test_the_quickstart_itself_differs_more(cache, tmp_path):
+  """Its AdamW, its attack by the gradient's sign, and its network: README has the difference.
+
+  Fails where the two ways part: where they differ by more than a part of what training moved.
+  """
+  own = ["--config.model.name=efficientnet_tiny", "--config.data.batch_size=64",
+         "--config.optimizer.name=adamw", "--config.optimizer.schedule=cosine",
+         "--config.optimizer.weight_decay_form=decoupled", "--config.attack.norm=linf",
+         "--config.train.steps=12"]
+  run(local_pod(2, 2, tmp_path / "pod", *own, SYNCED), cache)
+  run(single(tmp_path / "one", *own), cache)
+  states = [newest(tmp_path / "pod").state, newest(tmp_path / "one").state,
+            run_once(lambda: fresh_state(pods.experiment_of(tmp_path / "one")))]
+  pod, one, begun = (np.concatenate([np.ravel(x) for x in jax.tree.leaves(state.params)])
+                     for state in states)
+  differences, moved = np.abs(pod - one), np.abs(one - begun)
+  print(f"parameters differ by at most {differences.max():.2g}, in the mean by "
+        f"{differences.mean():.2g}; training has moved them by {moved.mean():.2g} in the mean")
+  assert differences.mean() < 0.1 * moved.mean()
 
 
 def fresh_like(state):
@@ -158,7 +182,7 @@ def test_a_full_disk_of_one_process(cache, tmp_path, where):
   def command(workdir, on_failure):
     return local_pod(2, 2, workdir, "--config.train.steps=6", "--config.checkpoint.every_steps=2",
                      f"--config.checkpoint.on_failure={on_failure}", "--config.checkpoint.keep=5",
-                     module="tests.full_disk")
+                     module="tests.faulty")
 
   full = {"FULL": where}
   says = r"The checkpoint of step 4 could not be written to .*No space left on device"

@@ -22,20 +22,6 @@ HEARTBEAT, START = 10, 30              # seconds after which a process is lost, 
 FLAGS = [f"--config.train.steps={STEPS}", f"--config.checkpoint.every_steps={EVERY}"]
 
 
-def last_step(workdir):
-  return max((line["step"] for line in pods.lines(workdir)), default=0)
-
-
-def newest_step(workdir):
-  """Of the checkpoints that have their name; 0 for none."""
-  return max((int(path.name) for path in (workdir / "checkpoints").glob("*")
-              if path.name.isdigit()), default=0)
-
-
-def file_number(workdir):
-  return os.stat(workdir / "metrics.jsonl").st_ino
-
-
 def command_of(processes, workdir):
   if processes == 1:
     return pods.single(workdir, *FLAGS, module="tests.slowly")
@@ -45,30 +31,25 @@ def command_of(processes, workdir):
 
 def kill_once(chance, processes, workdir, cache):
   """Starts the run, and kills it, or a process of it; a row of the table."""
-  program, start = pods.start(command_of(processes, workdir), cache), time.monotonic()
-  saved, again = newest_step(workdir), None
+  start, again = pods.Start.of(command_of(processes, workdir), workdir, cache), None
+  program = start.program
   if chance.random() < 0.25:                     # while it starts
     time.sleep(chance.uniform(0, 6))
   else:
-    # The metrics of steps that are made again are dropped first, in another file.
-    before = file_number(workdir) if last_step(workdir) > saved else None
-    for target in (saved + 1, saved + chance.randint(1, 18)):
-      while last_step(workdir) < target or file_number(workdir) == before:
-        assert program.poll() is None, program.stdout.read()
-        assert time.monotonic() - start < 120
-        time.sleep(0.01)
-      again = again or time.monotonic() - start
+    again = start.wait_for_step(start.saved + 1)
+    start.wait_for_step(start.saved + chance.randint(1, 18))
     time.sleep(chance.uniform(0, 0.3))
   assert program.poll() is None, program.stdout.read()
   victims = pods.children(program) if processes > 1 else [program.pid]
   if not victims:                                # the launcher has not started them yet
     victims = [program.pid]
-  reached, killed = last_step(workdir), time.monotonic()
+  reached, killed = pods.last_step(workdir), time.monotonic()
   os.kill(chance.choice(victims), signal.SIGKILL)
   output, _ = program.communicate(timeout=120)
   ended = time.monotonic() - killed
   assert program.returncode in (-signal.SIGKILL, 128 + signal.SIGKILL), output
-  return [killed - start, max(reached, last_step(workdir)), newest_step(workdir), ended, again]
+  return [killed - start.time, max(reached, pods.last_step(workdir)), pods.newest_step(workdir),
+          ended, again]
 
 
 @pytest.mark.slow
