@@ -84,10 +84,13 @@ def lines(workdir: pathlib.Path) -> list[dict]:
 
 
 def wait_for_step(process: subprocess.Popen, workdir: pathlib.Path, step: int,
-                  seconds: float = 200) -> None:
-  """Waits until a run that is being made has written the metrics of a step."""
+                  seconds: float = 200, old_file: int | None = None) -> None:
+  """Waits until a run that is being made has written the metrics of a step.
+
+  To another file, where the number of an old one is given.
+  """
   deadline = time.monotonic() + seconds
-  while last_step(workdir) < step:
+  while last_step(workdir) < step or _file_number(workdir) == old_file:
     assert process.poll() is None, process.stdout.read()
     assert time.monotonic() < deadline, f"step {step} was not reached"
     time.sleep(0.01)
@@ -132,10 +135,7 @@ class Start:
 
   def wait_for_step(self, step: int, seconds: float = 120) -> float:
     """Waits until it has done a step itself; the seconds since the start."""
-    while last_step(self.workdir) < step or _file_number(self.workdir) == self.old_file:
-      assert self.program.poll() is None, self.program.stdout.read()
-      assert time.monotonic() - self.time < seconds, f"step {step} was not reached"
-      time.sleep(0.01)
+    wait_for_step(self.program, self.workdir, step, seconds, self.old_file)
     return time.monotonic() - self.time
 
 
