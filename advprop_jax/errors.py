@@ -1,5 +1,11 @@
 """The exceptions that a user or a machine, and no bug, causes."""
 
+import errno
+
+# What a system says of a disk that may be another after a while: full, or away for a moment.
+_PASSING = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT,
+            errno.EAGAIN, errno.EINTR, errno.EBUSY, errno.EHOSTDOWN, errno.EHOSTUNREACH}
+
 
 class InputError(Exception):
   """Bad input: the message is one sentence that names the field, the value and what would do.
@@ -18,3 +24,18 @@ class FaultError(InputError):
   """What may have passed when the same command is started again, such as a disk that was full."""
 
   code = 75                            # EX_TEMPFAIL of sysexits.h: who starts jobs may try again
+
+
+def of_disk(error: OSError, what: str, advice: str) -> InputError:
+  """The error to raise where a disk cannot be used: a FaultError where that may pass.
+
+  Args:
+    error: what the system said.
+    what: "FIELD: cannot be used", without a reason.
+    advice: what would do where it does not pass.
+  """
+  what = f"{what} ({error.strerror or error})"
+  if error.errno in _PASSING:
+    return FaultError(f"{what}; start again with the same command when that has passed, or "
+                      f"{advice}")
+  return InputError(f"{what}; {advice}")

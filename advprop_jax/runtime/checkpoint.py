@@ -21,7 +21,7 @@ import orbax.checkpoint as ocp
 from absl import logging as absl_logging
 from etils import epath
 
-from advprop_jax.errors import FaultError, InputError
+from advprop_jax.errors import FaultError, InputError, of_disk
 from advprop_jax.runtime import agreement
 from advprop_jax.runtime.integrity import DamagedError, brief, check_tree, verify, write_manifest
 from advprop_jax.runtime.parallel import replicated
@@ -68,7 +68,7 @@ class Checkpoints:
         be used while a training writes to the same directory.
 
     Raises:
-      InputError: the directory cannot be made or written.
+      InputError: the directory cannot be made or written; a FaultError where that may pass.
     """
     if keep < 1:
       raise InputError(f"checkpoint.keep is {keep}; at least 1 checkpoint must be kept.")
@@ -112,8 +112,8 @@ class Checkpoints:
       if self._write:
         self._probe()
     except OSError as error:
-      raise InputError(f"The checkpoint directory {self._directory} cannot be written "
-                       f"({brief(error)}); choose another --workdir.") from error
+      raise of_disk(error, f"The checkpoint directory {self._directory} cannot be written",
+                    "choose another --workdir") from error
     self._metrics = {step: self._read_metrics(step) for step in self._steps()}
 
   def _probe(self) -> None:
@@ -246,7 +246,8 @@ class Checkpoints:
       None if there is no checkpoint at all.
 
     Raises:
-      InputError: none of the checkpoints can be read, or the newest is of another network.
+      InputError: none of the checkpoints is whole, or the newest is of another network.
+      FaultError: the disk does not let the newest be read; it stays where it is.
     """
     return self._restore_first(self.steps()[::-1], abstract_state, partial)
 
@@ -309,15 +310,20 @@ class Checkpoints:
   def _restore_one(self, step: int, abstract_state: Any, partial: bool) -> Restored:
     directory = self._directory / str(step)
     # One process looks and tells the others, or they might part ways here.
-    damage = None
+    damage = unread = None
     if agreement.is_first():
       try:
         verify(directory)
       except DamagedError as error:
         damage = str(error)
-    damage = agreement.from_first(damage)
+      except OSError as error:
+        unread = brief(error)
+    damage, unread = agreement.from_first([damage, unread])
     if damage is not None:
       raise DamagedError(damage)
+    if unread is not None:
+      raise FaultError(f"The checkpoint {directory} cannot be read ({unread}); start again with "
+                       "the same command when that has passed, or move it away to go on without it")
     place = replicated(jax.devices())
     target = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), abstract_state)

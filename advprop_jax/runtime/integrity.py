@@ -43,6 +43,7 @@ def verify(directory: epath.Path) -> None:
 
   Raises:
     DamagedError: a file, or the list, is missing, has another size or another content.
+    OSError: the disk does not let it be read, which says nothing of the files.
   """
   try:
     for name, (size, crc) in json.loads((directory / MANIFEST).read_text()).items():
@@ -51,9 +52,9 @@ def verify(directory: epath.Path) -> None:
         raise DamagedError(f"{name} has {found_size} bytes instead of {size}")
       if found_crc != crc:
         raise DamagedError(f"the content of {name} has changed")
-  except FileNotFoundError as error:
+  except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
     raise DamagedError(f"{epath.Path(error.filename).relative_to(directory)} is missing") from error
-  except (OSError, ValueError, AttributeError, TypeError) as error:
+  except (ValueError, AttributeError, TypeError) as error:
     raise DamagedError(f"{MANIFEST} cannot be read: {brief(error)}") from error
 
 

@@ -264,7 +264,9 @@ def _all_end(reason: str, seconds: float) -> bool:
 def _exit(words: LastWords, sentence: object, code: int) -> NoReturn:
   """Ends this process at once: a shutdown would wait for processes that do not come."""
   words.be("")
-  print(sentence, file=sys.stderr)
-  sys.stdout.flush()
-  sys.stderr.flush()
-  os._exit(code)
+  try:
+    print(sentence, file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+  finally:                             # also where nobody reads any more
+    os._exit(code)

@@ -6,7 +6,7 @@ import time
 
 import ml_collections
 
-from advprop_jax.errors import InputError
+from advprop_jax.errors import InputError, of_disk
 from advprop_jax.runtime import agreement
 from advprop_jax.runtime.config import differences
 from advprop_jax.runtime.metrics import read_json
@@ -25,6 +25,8 @@ SPEED = ("data.num_workers", "data.num_threads")    # fields that change nothing
 
 def make_workdir(workdir: str) -> None:
   """Makes the folder of a run, unless it is there; an InputError if that cannot be, or be written.
+
+  A FaultError where that may pass.
   """
   if "://" in workdir:
     raise InputError(f"--workdir={workdir}: is no folder of this machine; mount the bucket, with "
@@ -35,8 +37,8 @@ def make_workdir(workdir: str) -> None:
     probe.touch()                  # a mounted bucket without permission says so only then
     probe.unlink()
   except OSError as error:
-    raise InputError(f"--workdir={workdir}: cannot be used ({error.strerror}); give a folder that "
-                     "can be written") from error
+    raise of_disk(error, f"--workdir={workdir}: cannot be used",
+                  "give a folder that can be written") from error
 
 
 def require_shared(workdir: str) -> None:

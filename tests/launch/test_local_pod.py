@@ -116,16 +116,20 @@ def test_one_process_writes_and_talks(pod):
 
 
 @pytest.mark.slow
-def test_two_one_two_processes_over_one_run(pod, cache, tmp_path):
+@pytest.mark.parametrize("devices", [4, 1])
+def test_two_one_two_processes_over_one_run(pod, cache, tmp_path, devices):
   """SIGTERM, then another number of processes, twice: the numbers of the run that was left alone.
 
-  Fails where a checkpoint is of a number of processes, where the data does not go on where it was,
-  or where the processes of a pod stop after different steps.
+  Fails where a checkpoint is of a number of processes or devices, where the data does not go on
+  where it was, or where the processes of a pod stop after different steps. `devices` are those of
+  the one process.
   """
   workdir, at = tmp_path / "run", 0
-  for last, processes in ((False, 2), (False, 1), (True, 2)):
-    program = pods.start(local_pod(processes, 4 // processes, workdir, *LENGTH, SYNCED,
-                                   module="tests.slowly"), cache)
+  two = local_pod(2, 2, workdir, *LENGTH, SYNCED, module="tests.slowly")
+  one = local_pod(1, devices, workdir, *LENGTH, f"--config.model.bn_group_size={devices}",
+                  module="tests.slowly")
+  for last, command in ((False, two), (False, one), (True, two)):
+    program = pods.start(command, cache)
     if not last:
       pods.wait_for_step(program, workdir, at + 2)
       program.send_signal(signal.SIGTERM)

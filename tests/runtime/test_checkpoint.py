@@ -1,16 +1,23 @@
 """Checkpoints: exact, asynchronous beside donation, whole or not there, never garbage."""
 
 import ctypes
+import errno
 import json
+import os
+import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 
-from advprop_jax.errors import InputError
+from advprop_jax.errors import FaultError, InputError
+from advprop_jax.runtime import integrity
 from advprop_jax.runtime.checkpoint import Checkpoints
 from advprop_jax.runtime.parallel import pmap, replicated
+from advprop_jax.runtime.workdir import make_workdir
 from tests.states import CONFIG, ITERATOR, State, make_state, run_python, same, save_steps
 
 # ------------------------------------------------------------------------------- save and restore
@@ -179,6 +186,39 @@ def test_a_directory_that_cannot_be_made(tmp_path):
     assert checkpoints.steps() == []
     assert checkpoints.restore_best({"w": jnp.ones(3)}) is None
   assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_disk_that_cannot_be_read_for_a_while_damages_nothing(tmp_path, monkeypatch):
+  """Fails where an error of the disk is taken for the checkpoint's, and it is put aside."""
+  save_steps(tmp_path, [1, 2])
+  with Checkpoints(tmp_path) as checkpoints:
+    with monkeypatch.context() as patch:
+      def unread(path):
+        raise OSError(errno.EIO, "Input/output error", str(path))
+      patch.setattr(integrity, "_size_and_crc", unread)
+      for restore in (checkpoints.restore_latest, lambda state: checkpoints.restore(2, state)):
+        with pytest.raises(FaultError, match=r"2 cannot be read \(Input/output error\); start"):
+          restore(make_state())
+    assert checkpoints.restore_latest(make_state()).step == 2
+  assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
+
+
+@pytest.mark.parametrize(("number", "code"), [
+    (errno.ENOSPC, 75), (errno.EIO, 75), (errno.EACCES, 2), (errno.EROFS, 2)])
+def test_a_disk_that_is_still_full_at_the_start_may_be_tried_again(tmp_path, monkeypatch, number,
+                                                                   code):
+  """Fails where what starts jobs is told that a full disk is bad input."""
+  def refuse(self, *args, **settings):
+    raise OSError(number, os.strerror(number))
+
+  for name, use in (("touch", lambda: make_workdir(str(tmp_path))),
+                    ("write_bytes", lambda: Checkpoints(tmp_path / "checkpoints"))):
+    with monkeypatch.context() as patch:
+      patch.setattr(pathlib.Path if name == "touch" else type(epath.Path(tmp_path)), name, refuse)
+      with pytest.raises(InputError, match=re.escape(os.strerror(number))) as error:
+        use()
+    assert error.value.code == code
+    assert ("start again with the same command" in str(error.value)) == (code == 75)
 
 
 DISK_FULL = """

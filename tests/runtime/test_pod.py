@@ -163,6 +163,18 @@ def test_last_words_are_said_when_the_process_is_gone_and_only_then(tmp_path):
     assert (done.returncode, done.stderr) == (-signal.SIGKILL, said)
 
 
+def test_it_exits_although_nobody_reads_what_it_says():
+  """Fails where a pipe that is closed sends it into a shutdown that waits for the others."""
+  program = ("from advprop_jax.runtime import pod; import atexit; "
+             "atexit.register(lambda: print('shut down')); pod._exit(pod.LastWords(), 'gone', 3)")
+  read, write = os.pipe()
+  os.close(read)
+  done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False, stderr=write,
+                        stdout=subprocess.PIPE, text=True)
+  os.close(write)
+  assert (done.returncode, done.stdout) == (3, "")
+
+
 @pytest.mark.parametrize("victim", [0, 1])
 def test_the_others_end_when_one_is_killed(tmp_path, victim):
   """Within --heartbeat_timeout and a few seconds, with a sentence, and not by the launcher."""
