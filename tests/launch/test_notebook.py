@@ -55,5 +55,6 @@ def test_it_runs_from_top_to_bottom(tmp_path, monkeypatch):
   assert len(pictures_of(notebook)) == PICTURES
   assert not (tmp_path / "net").exists()
   said = "".join(output.get("text", "") for output in outputs_of(notebook))
-  assert said.count("adversarial, auxiliary BN") == 2     # of the training, and of the evaluation
+  # Rows of tables, that of the training and that of the evaluation; progress bars have the name too.
+  assert said.count("adversarial, auxiliary BN (") == 2
   assert "Error" not in said
