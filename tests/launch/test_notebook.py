@@ -55,6 +55,6 @@ def test_it_runs_from_top_to_bottom(tmp_path, monkeypatch):
   assert len(pictures_of(notebook)) == PICTURES
   assert not (tmp_path / "net").exists()
   said = "".join(output.get("text", "") for output in outputs_of(notebook))
-  # Rows of tables, that of the training and that of the evaluation; progress bars have the name too.
+  # A row of the training's table and one of the evaluation's; progress bars have the name, too.
   assert said.count("adversarial, auxiliary BN (") == 2
   assert "Error" not in said
