@@ -1,6 +1,8 @@
 """The exceptions that a user or a machine, and no bug, causes."""
 
 import errno
+import os
+import re
 
 # What a system says of a disk that may be another after a while: full, or away for a moment.
 _PASSING = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT,
@@ -34,8 +36,18 @@ def of_disk(error: OSError, what: str, advice: str) -> InputError:
     what: "FIELD: cannot be used", without a reason.
     advice: what would do where it does not pass.
   """
-  what = f"{what} ({error.strerror or error})"
+  what = f"{what} ({brief(error)})"
   if error.errno in _PASSING:
     return FaultError(f"{what}; start again with the same command when that has passed, or "
                       f"{advice}")
   return InputError(f"{what}; {advice}")
+
+
+def brief(error: BaseException) -> str:
+  """What went wrong in a few words: the system's own, or the first line of the message."""
+  code = re.search(r"os_error_code='(\d+)'", str(error))   # deep in what TensorStore has to say
+  if code:
+    return os.strerror(int(code[1]))
+  text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+  line = text.strip().splitlines()[0]
+  return line if len(line) <= 200 else line[:200] + "..."

@@ -51,6 +51,14 @@ def single(workdir, *flags: str, module: str = "tests.one_block") -> list[str]:
   return [sys.executable, "-m", module, *FLAGS, f"--workdir={workdir}", *flags]
 
 
+def of_processes(processes: int, workdir, *flags: str, pod_flags: tuple[str, ...] = (),
+                 **settings) -> list[str]:
+  """The command of `single` for one process, with pod_flags too that of `local_pod` for more."""
+  if processes == 1:
+    return single(workdir, *flags, module=settings["module"])
+  return local_pod(processes, 1, workdir, *flags, *pod_flags, **settings)
+
+
 def start(command: list[str], cache: pathlib.Path, **more: str) -> subprocess.Popen:
   """Starts a program; both its streams are one pipe."""
   return subprocess.Popen(command, cwd=ROOT, env=environment(cache, **more), text=True,

@@ -21,9 +21,9 @@ import orbax.checkpoint as ocp
 from absl import logging as absl_logging
 from etils import epath
 
-from advprop_jax.errors import FaultError, InputError, of_disk
+from advprop_jax.errors import FaultError, InputError, brief, of_disk
 from advprop_jax.runtime import agreement
-from advprop_jax.runtime.integrity import DamagedError, brief, check_tree, verify, write_manifest
+from advprop_jax.runtime.integrity import DamagedError, check_tree, verify, write_manifest
 from advprop_jax.runtime.parallel import replicated
 
 SAVING_SECONDS = 300   # for one process of a pod to wait for another, whose disk may be full
@@ -246,8 +246,8 @@ class Checkpoints:
       None if there is no checkpoint at all.
 
     Raises:
-      InputError: none of the checkpoints is whole, or the newest is of another network.
-      FaultError: the disk does not let the newest be read; it stays where it is.
+      InputError: none of the checkpoints is whole, or the newest is of another network; or the disk
+        does not let it be read, and it stays where it is (a FaultError where that may pass).
     """
     return self._restore_first(self.steps()[::-1], abstract_state, partial)
 
@@ -317,13 +317,13 @@ class Checkpoints:
       except DamagedError as error:
         damage = str(error)
       except OSError as error:
-        unread = brief(error)
+        unread = [error.errno, brief(error)]
     damage, unread = agreement.from_first([damage, unread])
     if damage is not None:
       raise DamagedError(damage)
     if unread is not None:
-      raise FaultError(f"The checkpoint {directory} cannot be read ({unread}); start again with "
-                       "the same command when that has passed, or move it away to go on without it")
+      raise of_disk(OSError(*unread), f"The checkpoint {directory} cannot be read",
+                    "move it away to go on without it")
     place = replicated(jax.devices())
     target = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), abstract_state)

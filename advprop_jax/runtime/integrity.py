@@ -6,8 +6,6 @@ checksums, and damage is found before Orbax reads anything.
 """
 
 import json
-import os
-import re
 import zlib
 from collections.abc import Iterator
 from typing import Any
@@ -17,7 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from advprop_jax.errors import InputError
+from advprop_jax.errors import InputError, brief
 
 MANIFEST = "files.json"
 _CHUNK = 1 << 24   # bytes
@@ -87,16 +85,6 @@ def _leaves(tree: Any) -> dict[str, str]:
   return {jax.tree_util.keystr(path, simple=True, separator="/"):
           f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"
           for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
-
-
-def brief(error: BaseException) -> str:
-  """What went wrong in a few words: the system's own, or the first line of the message."""
-  code = re.search(r"os_error_code='(\d+)'", str(error))   # deep in what TensorStore has to say
-  if code:
-    return os.strerror(int(code[1]))
-  text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-  line = text.strip().splitlines()[0]
-  return line if len(line) <= 200 else line[:200] + "..."
 
 
 def _walk(directory: epath.Path) -> Iterator[epath.Path]:

@@ -56,11 +56,11 @@ def require_shared(workdir: str) -> None:
     try:
       mark.touch()
     except OSError as error:
-      failure = error.strerror
+      failure = [error.errno, error.strerror]
   failure = agreement.from_first(failure)
   if failure:
-    raise InputError(f"--workdir={workdir}: process 0 cannot write there ({failure}); give a "
-                     "folder that can be written")
+    raise of_disk(OSError(*failure), f"--workdir={workdir}: process 0 cannot write there",
+                  "give a folder that can be written")
   deadline = time.monotonic() + SEEN_SECONDS
   while not mark.exists() and time.monotonic() < deadline:
     time.sleep(0.2)

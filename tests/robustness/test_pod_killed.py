@@ -23,10 +23,8 @@ FLAGS = [f"--config.train.steps={STEPS}", f"--config.checkpoint.every_steps={EVE
 
 
 def command_of(processes, workdir):
-  if processes == 1:
-    return pods.single(workdir, *FLAGS, module="tests.slowly")
-  return pods.local_pod(processes, 1, workdir, *FLAGS, f"--heartbeat_timeout={HEARTBEAT}",
-                        f"--start_timeout={START}", module="tests.slowly", grace=60)
+  return pods.of_processes(processes, workdir, *FLAGS, module="tests.slowly", grace=60, pod_flags=(
+      f"--heartbeat_timeout={HEARTBEAT}", f"--start_timeout={START}"))
 
 
 def kill_once(chance, processes, workdir, cache):

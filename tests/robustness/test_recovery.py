@@ -7,7 +7,6 @@ went on from, and how long it took from the command to the next new step.
 
 import os
 import signal
-import subprocess
 import time
 
 import jax
@@ -25,10 +24,8 @@ ABORTED = 128 + signal.SIGABRT
 
 
 def command_of(processes, workdir):
-  if processes == 1:
-    return pods.single(workdir, *FLAGS, module="tests.faulty")
-  return pods.local_pod(processes, 1, workdir, *FLAGS, f"--heartbeat_timeout={HEARTBEAT}",
-                        module="tests.faulty", grace=GRACE)
+  return pods.of_processes(processes, workdir, *FLAGS, module="tests.faulty", grace=GRACE,
+                           pod_flags=(f"--heartbeat_timeout={HEARTBEAT}",))
 
 
 def to_all(number):
@@ -39,22 +36,21 @@ def to_one(number, process):
   return lambda program: os.kill(pods.children(program)[process], number)
 
 
-def faults(processes, saved):
+def faults(processes):
   """(name, variables of the program that has it, what is done to the program, exit codes).
 
-  A fault that variables describe happens when the next checkpoint but one is written, or in the
-  batch behind it.
+  A fault that variables describe happens when the next checkpoint but one, of {step}, is written,
+  or in {batch}, behind it.
   """
-  step = (saved // EVERY + 2) * EVERY
   one = [
       ("SIGTERM", {}, to_all(signal.SIGTERM), (0,)),
-      ("disk full as a checkpoint begins", {"FULL": f"0:{step}:begin"}, None, (75,)),
-      ("disk full as a checkpoint ends", {"FULL": f"0:{step}:end"}, None, (75,)),
-      ("killed as a checkpoint begins", {"KILLED": f"0:{step}:begin"}, None,
+      ("disk full as a checkpoint begins", {"FULL": "0:{step}:begin"}, None, (75,)),
+      ("disk full as a checkpoint ends", {"FULL": "0:{step}:end"}, None, (75,)),
+      ("killed as a checkpoint begins", {"KILLED": "0:{step}:begin"}, None,
        (-signal.SIGKILL, KILLED)),
-      ("killed as a checkpoint ends", {"KILLED": f"0:{step}:end"}, None,
+      ("killed as a checkpoint ends", {"KILLED": "0:{step}:end"}, None,
        (-signal.SIGKILL, KILLED)),
-      ("a loss that is no number", {"NOT_FINITE": str(step + 2)}, None, (2,)),
+      ("a loss that is no number", {"NOT_FINITE": "{batch}"}, None, (2,)),
   ]
   if processes == 1:
     return one
@@ -62,8 +58,8 @@ def faults(processes, saved):
                   for name, number, codes in (("SIGTERM", signal.SIGTERM, (0,)),
                                               ("SIGSTOP", signal.SIGSTOP, (3, ABORTED)))
                   for process in range(processes)],
-          ("disk full as a checkpoint begins, process 1", {"FULL": f"1:{step}:begin"}, None, (75,)),
-          ("killed as a checkpoint begins, process 1", {"KILLED": f"1:{step}:begin"}, None,
+          ("disk full as a checkpoint begins, process 1", {"FULL": "1:{step}:begin"}, None, (75,)),
+          ("killed as a checkpoint begins, process 1", {"KILLED": "1:{step}:begin"}, None,
            (KILLED,))]
 
 
@@ -76,17 +72,19 @@ def test_every_fault_is_followed_by_the_same_command(processes, tmp_path):
   undisturbed, disturbed, cache = tmp_path / "undisturbed", tmp_path / "run", tmp_path / "cache"
   command, rows = command_of(processes, disturbed), []
   pods.run(command_of(processes, undisturbed), cache)
-  for number in range(len(faults(processes, 0))):
-    name, variables, act, codes = faults(processes, pods.newest_step(disturbed))[number]
-    start = pods.Start.of(command, disturbed, cache, **variables)
+  for name, variables, act, codes in faults(processes):
+    step = (pods.newest_step(disturbed) // EVERY + 2) * EVERY
+    start = pods.Start.of(command, disturbed, cache, **{
+        key: value.format(step=step, batch=step + 2) for key, value in variables.items()})
     again = start.wait_for_step(start.saved + 1)
-    if number:
+    if rows:
       rows[-1].append(again)           # after the fault before
     if act:
       start.wait_for_step(start.saved + EVERY + 2)
       act(start.program)
     since = time.monotonic()
-    output, code = finish(start.program)
+    output, _ = start.program.communicate(timeout=120)
+    code = start.program.returncode
     assert code in codes, f"{name}: exit code {code}: {output}"
     rows.append([name, code, time.monotonic() - since if act else None,
                  pods.last_step(disturbed), pods.newest_step(disturbed)])
@@ -104,8 +102,3 @@ def test_every_fault_is_followed_by_the_same_command(processes, tmp_path):
                pods.newest(undisturbed).state)
   assert [line["step"] for line in pods.lines(disturbed) if "train/loss" in line] == list(
       range(1, STEPS + 1))
-
-
-def finish(program: subprocess.Popen) -> tuple[str, int]:
-  output, _ = program.communicate(timeout=120)
-  return output, program.returncode
