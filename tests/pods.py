@@ -98,7 +98,8 @@ def wait_for_step(process: subprocess.Popen, workdir: pathlib.Path, step: int,
   To another file, where the number of an old one is given.
   """
   deadline = time.monotonic() + seconds
-  while last_step(workdir) < step or _file_number(workdir) == old_file:
+  # The file first: between the two it may be replaced by one that has no such step yet.
+  while (old_file and _file_number(workdir) == old_file) or last_step(workdir) < step:
     assert process.poll() is None, process.stdout.read()
     assert time.monotonic() < deadline, f"step {step} was not reached"
     time.sleep(0.01)
