@@ -23,6 +23,7 @@ from advprop_jax.method.state import TrainState, create_train_state
 from advprop_jax.method.step import Method
 from advprop_jax.models import weights
 from advprop_jax.runtime import parallel
+from advprop_jax.runtime.compilation import kept_program
 from advprop_jax.runtime.config import (
   create_network,
   create_scheme,
@@ -62,6 +63,12 @@ class Experiment:
   def evaluation_transform(self) -> EvaluationTransform:
     """What a test image goes through."""
     return evaluation_transform(self.config.data.image_size, self.config.data.crop_fraction)
+
+  @property
+  def made_of(self) -> dict:
+    """What `method` is made of, and a fresh state, besides code; JSON."""
+    return {"config": self.config.to_dict(), "classes": self.train_source.num_classes,
+            "steps_per_epoch": self.steps_per_epoch, "total_steps": self.total_steps}
 
   def every(self, section: str) -> float:
     """Steps between two of `eval` or `checkpoint`, not always whole; 0: at the end alone."""
@@ -185,7 +192,8 @@ def initial_state(experiment: Experiment) -> tuple[TrainState, Origin]:
     InputError: config.model.pretrained cannot be read, or is of another network.
   """
   config = experiment.config
-  state = parallel.run_once(functools.partial(fresh_state, experiment))
+  state = kept_program(parallel.hurried(functools.partial(fresh_state, experiment)),
+                       "fresh_state", experiment.made_of)()
   if config.model.pretrained is None:
     return state, Origin(None, False)
   network = trained.read(config.model.pretrained, config.model.name)

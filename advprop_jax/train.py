@@ -21,6 +21,7 @@ from advprop_jax.method.step import train_step
 from advprop_jax.models.batch_norm import drop_auxiliary
 from advprop_jax.runtime import agreement, parallel
 from advprop_jax.runtime.checkpoint import Checkpoints
+from advprop_jax.runtime.compilation import kept_program
 from advprop_jax.runtime.faults import RESUME, NotFinite, Preempted, Preemption, warned_of
 from advprop_jax.runtime.metrics import MetricsWriter, Progress, read_json, table, write_json
 from advprop_jax.runtime.workdir import (
@@ -145,7 +146,9 @@ def fit(experiment: Experiment, state: TrainState, batches, checkpoints: Checkpo
   """
   config, total = experiment.config, experiment.total_steps
   eval_every, save_every = experiment.every("eval"), experiment.every("checkpoint")
-  step_fn = parallel.pmap(functools.partial(train_step, experiment.method), donate_state=True)
+  step_fn = kept_program(
+      parallel.pmap(functools.partial(train_step, experiment.method), donate_state=True),
+      "train_step", experiment.made_of)
   tolerant = functools.partial(warned_of, config.checkpoint.on_failure == "continue", progress.note)
   before = batches.get_state()["batches"] - int(state.step)   # not 0 where batches were left out
 
@@ -209,8 +212,10 @@ def start_or_resume(experiment: Experiment, checkpoints: Checkpoints,
 
   The batches are put to where that state was.
   """
-  restored = checkpoints.restore_latest(
-      jax.eval_shape(functools.partial(fresh_state, experiment)))
+  restored = None
+  if agreement.from_first(checkpoints.steps()):   # to trace a state for its shapes takes a second
+    restored = checkpoints.restore_latest(
+        jax.eval_shape(functools.partial(fresh_state, experiment)))
   if restored is None:
     batches.set_state({"batches": 0})
     state, weights = initial_state(experiment)

@@ -22,7 +22,7 @@ from advprop_jax.method.loss import cross_entropy
 from advprop_jax.method.schemes import SCHEMES
 from advprop_jax.method.step import attack_images, to_model_units
 from advprop_jax.runtime.config import default_config
-from advprop_jax.runtime.parallel import run_once
+from advprop_jax.runtime.parallel import hurried
 from tests import one_block
 from tests.conftest import ROOT
 
@@ -54,7 +54,7 @@ def distinct_variables() -> dict:
       return rng.uniform(0.3, 2, x.shape).astype(np.float32)
     return x if path[:2] != ("params", "classifier") else 6 * x
 
-  variables = run_once(lambda: fresh_state(small_experiment())).variables
+  variables = hurried(lambda: fresh_state(small_experiment()))().variables
   flat = traverse_util.flatten_dict(jax.device_get(variables))
   return traverse_util.unflatten_dict({path: draw(path, x) for path, x in flat.items()})
 

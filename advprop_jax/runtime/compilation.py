@@ -1,41 +1,225 @@
-"""Compiled programs that outlive the process: a second start does not compile again."""
+"""Compiled programs that outlive the process: a second start does not compile again.
 
+JAX's own cache finds a program by what tracing gives, and to trace a train step takes longer than
+to load it. `kept_program` looks twice, as ccache does for C: first by all that a trace is made
+from, which is what its caller names, the settings of JAX and XLA, and every file of code that was
+loaded when the program was made; and if that is not found, by what tracing gives.
+"""
+
+import contextlib
 import hashlib
+import json
+import math
 import os
 import pathlib
+import pickle
 import platform
+import sys
+import time
+from collections.abc import Callable
+from importlib import metadata
+from typing import Any
 
 import jax
+from jax.experimental import serialize_executable
 
-MAX_BYTES = 2 * 2**30                  # the programs that were used longest ago go first
+from advprop_jax.errors import InputError
+from advprop_jax.runtime import agreement, parallel
+from advprop_jax.runtime.memory import give_back
+from advprop_jax.runtime.metrics import write_bytes
+
+MAX_BYTES = 2**30                      # of JAX's cache, and of ours; what was used longest ago goes
 MIN_SECONDS = 0.5                      # of compiling; shorter ones are not worth a file
+_SETTLED = 10.0                        # seconds that code is old when this module is loaded
+_SETTINGS = ("JAX_", "XLA_", "LIBTPU_", "TPU_", "CUDA_", "TF_", "FLAX_")   # of the environment
+_START = time.time()
+_folders: list[pathlib.Path] = []      # of kept programs; none before `keep_compiled`
 
 
 def keep_compiled() -> pathlib.Path | None:
-  """Lets JAX keep compiled programs in the user's cache folder.
+  """Lets JAX, and `kept_program`, keep compiled programs in the user's cache folder.
 
-  JAX' own settings win: JAX_COMPILATION_CACHE_DIR for another folder,
+  JAX' own settings win: JAX_COMPILATION_CACHE_DIR for another folder, of JAX's cache alone,
   JAX_ENABLE_COMPILATION_CACHE=false for none, JAX_COMPILATION_CACHE_MAX_SIZE in bytes. Call it
-  before anything is compiled.
+  before anything is compiled, and only where what runs is this package as it is in its files.
 
   Returns:
-    The folder; None where there is none, or one of the user's own.
+    JAX's folder; None where there is none, or one of the user's own.
   """
   if jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache:
     return None
   home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-  folder = pathlib.Path(home, "advprop_jax", f"compiled-{_processor()}")
+  folder, ours = (pathlib.Path(home, "advprop_jax", f"{name}-{_processor()}")
+                  for name in ("compiled", "programs"))
   try:
     folder.mkdir(parents=True, exist_ok=True)
+    ours.mkdir(exist_ok=True)
   except OSError:                      # a home that cannot be written: compile each time
     return None
-  if not os.access(folder, os.W_OK):
+  if not (os.access(folder, os.W_OK) and os.access(ours, os.W_OK)):
     return None
   jax.config.update("jax_compilation_cache_dir", str(folder))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_SECONDS)
   if jax.config.jax_compilation_cache_max_size < 0:
     jax.config.update("jax_compilation_cache_max_size", MAX_BYTES)
+  _folders[:] = [ours]
   return folder
+
+
+def kept_program(function: Callable, name: str, made_of: dict[str, Any]) -> Callable:
+  """The function, with the program that an earlier start has compiled of the same things.
+
+  Otherwise it is compiled at its first call, and kept for the next start. In a pod, and where
+  `keep_compiled` keeps nothing, the function comes back as it is.
+
+  Args:
+    function: of `jax.jit` or `jax.pmap`; called with arguments of the same shapes each time.
+    name: of its files; functions of one name are compiled with the same options.
+    made_of: what JSON knows; all that the function is made of besides code.
+  """
+  if not _folders or not agreement.alone():
+    return function
+  folder, program = _folders[0], None
+
+  def call(*args):
+    nonlocal program
+    if program is None:
+      program = _found(function, args, folder / name, made_of)
+    return program(*args)
+
+  return call
+
+
+def _found(function: Callable, args: tuple, path: pathlib.Path, made_of: dict) -> Callable:
+  """The program of a function for such arguments; what is missing of its files is written."""
+  settings = _settings()
+  facts = [settings, made_of, _shapes(args), _packages()]
+  sources = path.with_name(f"{path.name}-{_hash(facts)}.json")
+  program = _read(_named_by(sources))
+  if program is None:
+    lowered = function.lower(*args)
+    file = path.with_name(f"{path.name}-{_hash([settings, lowered.as_text()])}.program")
+    program = _read(file) or _compiled(lowered, file)
+    code = _code()
+    if all(_changed(source) < _START - _SETTLED for source, _ in code.values()):
+      _write(sources, json.dumps({"code": code, "program": file.name}).encode())
+    _forget_oldest(path.parent)
+  return program
+
+
+def _named_by(sources: pathlib.Path) -> pathlib.Path | None:
+  """The file of the program that was made of the code that this process runs; None if unknown."""
+  try:
+    known = json.loads(sources.read_bytes())
+  except (OSError, ValueError):
+    return None
+  return sources.with_name(known["program"]) if _is_loaded(known["code"]) else None
+
+
+def _read(file: pathlib.Path | None) -> Callable | None:
+  """The program in a file; None where there is nothing whole."""
+  if file is None or not file.exists():
+    return None
+  try:
+    program = serialize_executable.deserialize_and_load(*pickle.loads(file.read_bytes()))
+    file.touch()                       # used last
+  except Exception:                    # of whatever type: what cannot be loaded is compiled
+    return None
+  give_back()
+  return program
+
+
+def _compiled(lowered: Any, file: pathlib.Path) -> Callable:
+  """Compiles, and keeps the program, where it can be written.
+
+  JAX must not keep it too: a program for the CPU that it has loaded is not whole when it is
+  written.
+  """
+  seconds = jax.config.jax_persistent_cache_min_compile_time_secs
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", math.inf)
+  try:
+    program = lowered.compile()
+  finally:
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", seconds)
+  try:
+    content = pickle.dumps(serialize_executable.serialize(program))
+  except Exception:                    # of whatever type: some programs cannot be written
+    return program
+  _write(file, content)
+  return program
+
+
+def _write(file: pathlib.Path, content: bytes) -> None:
+  """Writes a file in one piece; nothing where that cannot be, as on a full disk."""
+  with contextlib.suppress(InputError):
+    write_bytes(file, content)
+
+
+def _forget_oldest(folder: pathlib.Path) -> None:
+  """Removes the files that were used longest ago, until the others are MAX_BYTES at most."""
+  total = 0
+  with contextlib.suppress(OSError):   # another start may do the same
+    for file in sorted(folder.iterdir(), key=lambda file: file.stat().st_mtime, reverse=True):
+      total += file.stat().st_size
+      if total > MAX_BYTES:
+        file.unlink(missing_ok=True)
+
+
+def _settings() -> dict[str, Any]:
+  """All that decides on a program besides code and arguments."""
+  devices = [[device.id, device.platform, device.device_kind] for device in jax.devices()]
+  return {
+      "devices": devices, "backend": jax.devices()[0].client.platform_version,
+      "cores": parallel.local_cores(), "python": [sys.version, sys.flags],
+      "packages": sorted(f"{one.name} {one.version}" for one in metadata.distributions()),
+      "jax": {setting: repr(value) for setting, value in jax.config.values.items()},
+      "environment": {variable: value for variable, value in os.environ.items()
+                      if variable.startswith(_SETTINGS)}}
+
+
+def _shapes(args: tuple) -> list:
+  """What a trace sees of arguments: their structure, and shapes, types and places of arrays."""
+  leaves, structure = jax.tree.flatten(args)
+  return [str(structure),
+          [[str(jax.typeof(leaf)), repr(getattr(leaf, "sharding", None))] for leaf in leaves]]
+
+
+def _hash(facts: Any) -> str:
+  return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _code() -> dict[str, list[str]]:
+  """{module: its file, and what is in it}, of all that are loaded."""
+  files = {name: getattr(module, "__file__", None) for name, module in list(sys.modules.items())}
+  return {name: [file, _fingerprint(file)] for name, file in files.items() if file}
+
+
+def _fingerprint(file: str) -> str:
+  """Of a source file its bytes, of a library its size and when it changed; "" where it is gone."""
+  try:
+    if not file.endswith(".py"):
+      status = os.stat(file)
+      return f"{status.st_size} {status.st_mtime_ns}"
+    return hashlib.sha256(pathlib.Path(file).read_bytes()).hexdigest()
+  except OSError:
+    return ""
+
+
+def _is_loaded(code: dict[str, list[str]]) -> bool:
+  """Whether what this process runs, or would load, is that code."""
+  loaded = _code()
+  return all(loaded.get(name, [file, _fingerprint(file)]) == [file, known]
+             for name, (file, known) in code.items())
+
+
+def _packages() -> list[str]:
+  """Those that are loaded, without Python's own: any of them might change what others do."""
+  return sorted({name.partition(".")[0] for name in list(sys.modules)} - sys.stdlib_module_names)
+
+
+def _changed(file: str) -> float:
+  """When the file got what it holds, or its place, in seconds; infinite where it is gone."""
+  return os.stat(file).st_ctime if os.path.exists(file) else math.inf
 
 
 def _processor() -> str:

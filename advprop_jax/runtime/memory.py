@@ -1,5 +1,6 @@
 """Memory on the CPU: how a program gets it is up to half of a step's time."""
 
+import contextlib
 import ctypes
 
 import jax
@@ -30,8 +31,7 @@ def keep_freed_memory() -> bool:
     Whether it was set: False where the C library is not glibc, or refuses.
   """
   try:
-    library = ctypes.CDLL(None)
-    mallopt, trim = library.mallopt, library.malloc_trim
+    mallopt = ctypes.CDLL(None).mallopt
   except (OSError, AttributeError):
     return False
   # Where the first is refused, as by an older glibc, the others would make it worse.
@@ -39,5 +39,11 @@ def keep_freed_memory() -> bool:
     return False
   jax.config.update("jax_cpu_enable_async_dispatch", False)
   jax.monitoring.register_event_duration_secs_listener(
-      lambda event, seconds, **_: event == _COMPILED and seconds > _LONG and trim(0))
+      lambda event, seconds, **_: event == _COMPILED and seconds > _LONG and give_back())
   return all([mallopt(_TRIM_THRESHOLD, _NEVER), mallopt(_TOP_PAD, _SPARE)])
+
+
+def give_back() -> None:
+  """Gives what is free in the heaps back to the system; nothing where there is no glibc."""
+  with contextlib.suppress(OSError, AttributeError):
+    ctypes.CDLL(None).malloc_trim(0)

@@ -35,14 +35,14 @@ def replicated(devices: Sequence[jax.Device] | None = None) -> jax.sharding.Name
   return _local(devices or jax.local_devices())
 
 
-def run_once(create: Callable):
-  """Runs a function of no arguments, compiled in a hurry.
+def hurried(create: Callable) -> Callable:
+  """A function that runs once, jitted in a hurry.
 
   On the CPU, where a fresh state takes a second and its compilation took half a minute, XLA is told
   not to optimise.
   """
   hurry = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-  return jax.jit(create, compiler_options=hurry)()
+  return jax.jit(create, compiler_options=hurry)
 
 
 def shard(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray | jax.Array]:

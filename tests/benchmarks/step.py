@@ -63,8 +63,8 @@ def build(case: str):
                                epsilon=1e-3)
   method = Method(model, scheme, Attack(num_steps=int(steps)), optimizer)
   step_module.passes = one_pass if one else passes
-  state = jax.device_put(parallel.run_once(lambda: create_train_state(
-      model, optimizer, 0, _SIZE.value, ema=True)), parallel.replicated())
+  state = jax.device_put(parallel.hurried(lambda: create_train_state(
+      model, optimizer, 0, _SIZE.value, ema=True))(), parallel.replicated())
   rng = np.random.default_rng(0)
   batch = parallel.shard({
       "image": rng.integers(0, 256, (_BATCH.value, _SIZE.value, _SIZE.value, 3), np.uint8),

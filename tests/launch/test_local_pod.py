@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from advprop_jax.experiment import fresh_state
-from advprop_jax.runtime.parallel import run_once
+from advprop_jax.runtime.parallel import hurried
 from launch import local_pod as launcher
 from tests import pods
 from tests.pods import local_pod, newest, run, single
@@ -78,7 +78,7 @@ def test_the_quickstart_itself_differs_more(cache, tmp_path):
   run(local_pod(2, 2, tmp_path / "pod", *own, SYNCED), cache)
   run(single(tmp_path / "one", *own), cache)
   states = [newest(tmp_path / "pod").state, newest(tmp_path / "one").state,
-            run_once(lambda: fresh_state(pods.experiment_of(tmp_path / "one")))]
+            hurried(lambda: fresh_state(pods.experiment_of(tmp_path / "one")))()]
   pod, one, begun = (np.concatenate([np.ravel(x) for x in jax.tree.leaves(state.params)])
                      for state in states)
   differences, moved = np.abs(pod - one), np.abs(one - begun)

@@ -3,9 +3,11 @@
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 
+from advprop_jax.runtime import compilation
 from tests.conftest import ROOT
 
 PROGRAM = """
@@ -21,13 +23,20 @@ print(sum("cache_hit" in name for name in hits))
 """
 
 
-def started(home, **environment):
-  """What the program prints: its result, the folder and the size, how many programs were found."""
+def printed(program, home, **environment):
+  """What a program prints in a process of its own, with an empty cache or one in this home."""
   names = ("JAX_ENABLE_COMPILATION_CACHE", "JAX_COMPILATION_CACHE_DIR", "XDG_CACHE_HOME")
   inherited = {name: value for name, value in os.environ.items() if name not in names}
-  done = subprocess.run([sys.executable, "-c", PROGRAM], cwd=ROOT, capture_output=True, text=True,
-                        check=True, env={**inherited, "HOME": str(home), **environment})
+  # -B: a source file of the same size, changed within a second, would be taken from the byte code.
+  done = subprocess.run([sys.executable, "-B", "-c", program], cwd=ROOT, capture_output=True,
+                        text=True, env={**inherited, "HOME": str(home), **environment})
+  assert done.returncode == 0, done.stderr
   return done.stdout.splitlines()
+
+
+def started(home, **environment):
+  """Its result, the folder and the size, how many programs were found."""
+  return printed(PROGRAM, home, **environment)
 
 
 def test_a_second_start_finds_what_the_first_compiled(tmp_path):
@@ -35,7 +44,7 @@ def test_a_second_start_finds_what_the_first_compiled(tmp_path):
   first, second = started(tmp_path), started(tmp_path)
   assert first[:2] == second[:2]
   assert first[1].startswith(str(tmp_path / ".cache/advprop_jax/compiled-"))
-  assert int(first[1].split()[1]) == 2 * 2**30
+  assert int(first[1].split()[1]) == 2**30
   assert (int(first[2]), int(second[2]) > 0) == (0, True)
 
 
@@ -53,3 +62,92 @@ def test_a_home_that_cannot_be_written(tmp_path):
   """Fails where that stops a run."""
   (tmp_path / ".cache").write_text("a file")
   assert started(tmp_path)[1].startswith("None ")
+
+
+# Prints how often it was traced and compiled, and the sum of what it gives.
+KEPT = """
+import sys
+sys.path.insert(0, {folder!r})
+import jax, numpy as np
+import made, {more}
+from advprop_jax.runtime import compilation, parallel
+compilation._SETTLED = {settled}
+compilation.keep_compiled()
+calls = {{"traced": 0, "compiled": 0}}
+def step(state, batch):
+  calls["traced"] += 1
+  return made.changed(state, jax.lax.pmean(batch["x"].mean(), parallel.AXIS))
+jax.monitoring.register_event_duration_secs_listener(
+    lambda name, *_, **__: calls.update(compiled=calls["compiled"] + ("backend_compile" in name)))
+state = jax.device_put({{"w": np.ones({width}, np.float32)}}, parallel.replicated())
+batch = {{"x": np.arange(8, dtype=np.float32).reshape(4, 2)}}
+jax.block_until_ready(state)
+calls["compiled"] = 0
+step = compilation.kept_program(parallel.pmap(step, donate_state=True), "step", {made_of})
+new = step(step(state, batch), batch)
+assert state["w"].is_deleted()
+print(calls["traced"], calls["compiled"], float(new["w"].sum()))
+"""
+MADE = "def changed(state, mean): return {{'w': state['w'] * {factor} + mean}}  # {note}\n"
+
+
+def kept(folder, factor=2, note="", made_of=None, width=3, settled=-60, more="json"):
+  """Times traced, times compiled, result of a start whose code is that."""
+  (folder / "made.py").write_text(MADE.format(factor=factor, note=note))
+  program = KEPT.format(folder=str(folder), made_of=made_of or {"seed": 0}, width=width,
+                        settled=settled, more=more)
+  line, = printed(program, folder, XLA_FLAGS="--xla_force_host_platform_device_count=4")
+  traced, compiled, result = line.split()
+  return int(traced), int(compiled), float(result)
+
+
+# Twice, on four devices: 1 -> 1 * 2 + 3.5 = 5.5 -> 5.5 * 2 + 3.5 = 14.5, three of them.
+RESULT = 43.5
+NEW, TRACED, FOUND = (1, 1, RESULT), (1, 0, RESULT), (0, 0, RESULT)
+
+
+def test_a_program_is_found_without_tracing(tmp_path):
+  """Fails where a later start traces, or where it takes what was made of anything else."""
+  assert kept(tmp_path) == NEW
+  assert kept(tmp_path) == FOUND
+  assert kept(tmp_path, note="changed") == TRACED          # other code that gives the same program
+  assert kept(tmp_path, note="changed") == FOUND
+  assert kept(tmp_path, factor=3) == (1, 1, 3 * (3 * 6.5 + 3.5))
+  assert kept(tmp_path, made_of={"seed": 1}, factor=3) == (1, 0, 3 * (3 * 6.5 + 3.5))
+  assert kept(tmp_path, width=2) == (1, 1, 2 * 14.5)
+
+
+def test_code_that_nobody_knew_is_not_trusted(tmp_path):
+  """Fails where a package that is loaded in one of two starts may change the other's program."""
+  (tmp_path / "patch.py").write_text(
+      "import made\nmade.changed = lambda state, mean: {'w': state['w'] + mean}\n")
+  assert kept(tmp_path) == NEW
+  assert kept(tmp_path, more="patch") == (1, 1, 24.0)
+  assert kept(tmp_path) == FOUND
+
+
+def test_code_that_has_just_changed_is_traced_again(tmp_path):
+  """Or what is loaded may be what was in a file before: its program is not that of its bytes."""
+  assert kept(tmp_path, settled=10) == NEW
+  assert kept(tmp_path, settled=10) == TRACED
+
+
+@pytest.mark.parametrize("damage", [lambda content: content[:len(content) // 2],
+                                    lambda content: b"", lambda content: content[::-1]])
+def test_a_damaged_program_is_compiled_again(tmp_path, damage):
+  """Fails where that ends a start."""
+  assert kept(tmp_path) == NEW
+  program, = (tmp_path / ".cache/advprop_jax").glob("programs-*/*.program")
+  program.write_bytes(damage(program.read_bytes()))
+  assert kept(tmp_path) == NEW
+  assert kept(tmp_path) == FOUND
+
+
+def test_what_was_used_longest_ago_goes(tmp_path, monkeypatch):
+  """Fails where the folder grows without an end."""
+  monkeypatch.setattr(compilation, "MAX_BYTES", 25)
+  for name, age in {"old": 3, "new": 1, "used": 2}.items():
+    (tmp_path / name).write_bytes(bytes(10))
+    os.utime(tmp_path / name, (time.time() - age,) * 2)
+  compilation._forget_oldest(tmp_path)
+  assert sorted(file.name for file in tmp_path.iterdir()) == ["new", "used"]
