@@ -58,12 +58,13 @@ def free_port() -> int:
 def start(flags: argparse.Namespace, rest: Sequence[str]) -> list[subprocess.Popen]:
   """Starts the processes; their output, both streams, is a pipe."""
   port = free_port()
+  path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
   environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(flags.devices),
-                 "PYTHONUNBUFFERED": "1"}
+                 "PYTHONUNBUFFERED": "1", "PYTHONPATH": path}
   return [subprocess.Popen(
       [sys.executable, "-m", flags.module, *rest, f"--coordinator=localhost:{port}",
        f"--processes={flags.processes}", f"--process_id={index}"],
-      cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+      env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
       start_new_session=True) for index in range(flags.processes)]
 
 

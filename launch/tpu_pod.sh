@@ -351,7 +351,7 @@ outcome_of() {
     *running*) started=true; return 1 ;;
     "status: exit 0") outcome=ended ;;
     "status: none") outcome=new ;;
-    *"exit 143"*|*"exit 137"*|*none*) outcome=interrupted ;;
+    *"exit 143"*|*gone*|*none*) outcome=interrupted ;;
     *"exit 2"|*"exit 2"$'\n'*) outcome=refused ;;
     *) # 3 and 134 alone: each ended because another was lost, and nobody says of what.
       if grep -qvE '^status: exit (0|3|134)$' <<<"$answers"; then

@@ -4,8 +4,8 @@
 #   install        Python, the packages and gcsfuse, beside the code
 #   start ARGS...  python -m advprop_jax.main ARGS, detached: it goes on when the connection ends;
 #                  the bucket of a workdir gs://BUCKET/FOLDER is mounted first
-#   status         status: none | running | exit CODE; 143 if the machine told all to end, 137 if
-#                  the training is gone without a word
+#   status         status: none | running | gone, without a word | exit CODE, 143 if the machine
+#                  told all to end
 #   log LINES      how many lines the log has, then those after the first LINES, at most 200
 #   follow         the log as it grows
 #   stop           SIGTERM: checkpoint at the next step, then the end
@@ -128,7 +128,7 @@ status() {
   elif [[ -f "$kept/exit_code" ]]; then
     echo "status: exit $(cat "$kept/exit_code")"
   elif [[ -f "$kept/supervisor" ]]; then
-    echo "status: exit 137"
+    echo "status: gone"
   else
     echo "status: none"
   fi

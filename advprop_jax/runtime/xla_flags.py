@@ -14,6 +14,8 @@ _FLAGS = {
     "xla_disable_hlo_passes": "cse_barrier_expander",
     # Matrix products that are fused with nothing go to the faster library too.
     "xla_cpu_experimental_ynn_fusion_type": "+LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT",
+    # Vectors as long as the processor has them; XLA's own limit is 256 bits.
+    "xla_cpu_prefer_vector_width": "512",
     # LLVM's: a loop over the few channels of the first layers is not written out before it could
     # become vectors, and two vectors at a time hide how long exp takes.
     "xla_backend_extra_options": "-unroll-full-max-count=8,-force-vector-interleave=2",

@@ -16,6 +16,7 @@ from advprop_jax.experiment import fresh_state
 from advprop_jax.runtime.parallel import hurried
 from launch import local_pod as launcher
 from tests import pods
+from tests.conftest import ROOT
 from tests.pods import local_pod, newest, run, single
 
 STEPS = 60
@@ -99,6 +100,17 @@ def test_the_launcher_sees_the_end_of_any_process():
   start = time.monotonic()
   assert launcher.watch(processes, grace=0.5) == 7
   assert time.monotonic() - start < 30
+
+
+def test_paths_are_from_where_the_command_is_given(tmp_path, monkeypatch):
+  """Fails where a relative workdir lands in the checkout, or nothing is found but from there."""
+  (tmp_path / "where.py").write_text("import os, advprop_jax\n"
+                                     "print(os.getcwd(), advprop_jax.__file__)\n")
+  monkeypatch.chdir(tmp_path)
+  flags, rest = launcher.parse(["--module=where", "--processes=1"])
+  process, = launcher.start(flags, rest)
+  said, _ = process.communicate(timeout=60)
+  assert said.decode().split() == [str(tmp_path), str(ROOT / "advprop_jax" / "__init__.py")]
 
 
 def test_one_process_writes_and_talks(pod):

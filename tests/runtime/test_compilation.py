@@ -5,9 +5,12 @@ import subprocess
 import sys
 import time
 
+import jax
+import numpy as np
 import pytest
 
 from advprop_jax.runtime import compilation
+from tests import pods
 from tests.conftest import ROOT
 
 PROGRAM = """
@@ -151,3 +154,23 @@ def test_what_was_used_longest_ago_goes(tmp_path, monkeypatch):
     os.utime(tmp_path / name, (time.time() - age,) * 2)
   compilation._forget_oldest(tmp_path)
   assert sorted(file.name for file in tmp_path.iterdir()) == ["new", "used"]
+
+
+def test_a_training_with_a_found_program_has_the_same_bits(tmp_path):
+  """Fails where it takes another's program, or where one that was written is not what was."""
+  def trained(name, **environment):
+    pods.run(pods.single(tmp_path / name, "--config.train.steps=3"), tmp_path,
+             JAX_COMPILATION_CACHE_DIR="", XDG_CACHE_HOME=str(tmp_path), **environment)
+    return jax.tree.leaves(pods.newest(tmp_path / name).state)
+
+  plain = trained("plain", JAX_ENABLE_COMPILATION_CACHE="false")
+  assert not list(tmp_path.glob("advprop_jax/*"))
+  first = trained("first")
+  programs = list(tmp_path.glob("advprop_jax/programs-*/*.program"))
+  written = {program: program.stat().st_ino for program in programs}
+  assert sorted(file.name.split("-")[0] for file in written) == ["fresh_state", "train_step"]
+  second = trained("second")
+  assert {program: program.stat().st_ino for program in programs} == written
+  for state in (first, second):
+    for a, b in zip(plain, state, strict=True):
+      np.testing.assert_array_equal(a, b)
