@@ -14,7 +14,7 @@ import ml_collections
 from advprop_jax import card
 from advprop_jax.data import imagenet
 from advprop_jax.data.transforms import scaled_side
-from advprop_jax.errors import InputError
+from advprop_jax.errors import InputError, of_disk
 from advprop_jax.experiment import open_network
 from advprop_jax.models import weight_files, weights
 from advprop_jax.models.conventions import CONVENTIONS
@@ -54,8 +54,8 @@ def export(config: ml_collections.ConfigDict, workdir: str) -> str:
     (part / "README.md").write_text(card.model_card(network, kind, workdir), encoding="utf-8")
     part.replace(folder)
   except OSError as error:
-    raise InputError(f"config.export.dir={str(folder)!r}: cannot be written "
-                     f"({error.strerror or error}); give another folder") from error
+    raise of_disk(error, f"config.export.dir={str(folder)!r}: cannot be written",
+                  "give another folder") from error
   finally:
     shutil.rmtree(part, ignore_errors=True)   # there only if something went wrong
   print(f"{network.name}, {network.source}: exported to {folder}\n" + "\n".join(

@@ -10,7 +10,7 @@ import jax
 import ml_collections
 
 from advprop_jax import trained
-from advprop_jax.errors import InputError
+from advprop_jax.errors import InputError, of_disk
 from advprop_jax.figures import bank, curves, gain, images, robustness, tables
 from advprop_jax.figures.page import PROGRAM, Section, render
 from advprop_jax.figures.runs import Run, by_network, folders, groups_of, read_runs, without_folders
@@ -92,7 +92,7 @@ def without_paths(section: Section, runs: Sequence[Run]) -> Section:
 
 
 def write(folder: str, page: str, panels: Sequence) -> None:
-  """Writes the files, the page last; an InputError where that fails."""
+  """Writes the files, the page last; an InputError (a FaultError if it may pass) if not."""
   try:
     os.makedirs(folder, exist_ok=True)
     for panel in panels:
@@ -101,5 +101,5 @@ def write(folder: str, page: str, panels: Sequence) -> None:
     with open(os.path.join(folder, PAGE), "w", encoding="utf-8") as file:
       file.write(page)
   except OSError as error:
-    raise InputError(f"--workdir={os.path.dirname(folder)}: the report cannot be written "
-                     f"({error.strerror}); make room, or let the folder be written") from error
+    raise of_disk(error, f"--workdir={os.path.dirname(folder)}: the report cannot be written",
+                  "let the folder be written") from error

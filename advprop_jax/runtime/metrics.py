@@ -21,7 +21,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 from tqdm import tqdm
 
-from advprop_jax.errors import FaultError
+from advprop_jax.errors import InputError, of_disk
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -46,7 +46,7 @@ class MetricsWriter:
       writes: False for all processes of a run but one: nothing is opened or written.
 
     Raises:
-      FaultError: the folder cannot be written.
+      InputError: the folder cannot be written; a FaultError where that may pass.
     """
     self._writes = writes
     if not writes:
@@ -121,9 +121,8 @@ class MetricsWriter:
         file.close()
 
 
-def _not_written(path: str | os.PathLike, error: OSError) -> FaultError:
-  return FaultError(f"{path} cannot be written ({error.strerror}); free some space or choose "
-                    "another --workdir.")
+def _not_written(path: str | os.PathLike, error: OSError) -> InputError:
+  return of_disk(error, f"{path} cannot be written", "choose another --workdir")
 
 
 def _put_aside(path: pathlib.Path) -> None:
@@ -290,7 +289,7 @@ def write_json(path: str | os.PathLike, data: Any) -> None:
       null.
 
   Raises:
-    FaultError: it cannot be written.
+    InputError: it cannot be written; a FaultError where that may pass.
   """
   write_text(path, json.dumps(_jsonable(data), indent=2, allow_nan=False) + "\n")
 

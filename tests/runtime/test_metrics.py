@@ -22,7 +22,7 @@ from PIL import Image
 from tensorboardX.crc32c import crc32c
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from advprop_jax.errors import InputError
+from advprop_jax.errors import FaultError, InputError
 from advprop_jax.runtime.metrics import MetricsWriter, Progress, table, write_json
 from tests.conftest import ROOT
 
@@ -159,8 +159,9 @@ def test_two_writers_within_a_second_do_not_share_a_file(tmp_path):
 
 def test_a_workdir_that_cannot_be_written(tmp_path):
   (tmp_path / "file").write_text("")
-  with pytest.raises(InputError, match=r"file/run cannot be written \(Not a directory\)"):
+  with pytest.raises(InputError, match=r"file/run cannot be written \(Not a directory\)") as raised:
     MetricsWriter(tmp_path / "file" / "run")
+  assert raised.value.code == 2          # at 75, who starts jobs would try for ever
 
 
 # ----------------------------------------------------------------------------------------- Progress
@@ -303,7 +304,7 @@ def test_a_full_disk_is_said_in_one_sentence(tmp_path):
       writer._lines = open("/dev/full", "a", encoding="utf-8")   # noqa: SIM115  close() is its end
       writer.write(2, {"loss": 1.0})
 
-  with pytest.raises(InputError, match=r"cannot be written \(No space left"):
+  with pytest.raises(FaultError, match=r"cannot be written \(No space left"):
     write()
 
 
@@ -314,7 +315,7 @@ def test_a_full_disk_leaves_the_old_json_file_and_no_other(tmp_path, monkeypatch
   def full(_):
     raise OSError(errno.ENOSPC, "No space left on device")
   monkeypatch.setattr(os, "fsync", full)
-  with pytest.raises(InputError, match=r"config.json cannot be written \(No space left"):
+  with pytest.raises(FaultError, match=r"config.json cannot be written \(No space left"):
     write_json(path, {"new": 2})
   assert json.loads(path.read_text()) == {"old": 1}
   assert [each.name for each in tmp_path.iterdir()] == ["config.json"]
