@@ -5,11 +5,13 @@
 
 What follows `--` goes to every process of advprop_jax.main. Lines of output begin with the number
 of their process. When one process fails, the others get some seconds to end by themselves, and are
-killed then. Exit code: that of the process that failed first, 128 + its number for a signal.
+killed then. Exit code: that of the process that failed first, 128 + its number for a signal; of one
+that ended because another did only where there is no other.
 SIGTERM and SIGINT are passed on to all.
 """
 
 import argparse
+import math
 import os
 import pathlib
 import re
@@ -83,19 +85,23 @@ def watch(processes: Sequence[subprocess.Popen], grace: float) -> int:
     processes: as `start` gives them.
     grace: seconds for the others to end by themselves when one has failed.
   """
-  deadline = None
-  while None in (codes := [process.poll() for process in processes]):   # asks all of them
-    if deadline is None and any(codes):
-      time.sleep(0.1)                # for others that fail at the same moment, as cause or effect
+  code, deadline = 0, math.inf
+  while True:
+    codes = [process.poll() for process in processes]   # asks all of them
+    if any(codes) and deadline == math.inf:
       deadline = time.monotonic() + grace
-      code = first_cause([process.poll() for process in processes])
-    if deadline is not None and time.monotonic() > deadline:
+      time.sleep(0.1)                # for others that fail at the same moment, as cause or effect
+      continue
+    if code in (0, *EFFECTS):
+      code = first_cause(codes)
+    if None not in codes:
+      break
+    if time.monotonic() > deadline:
       for process in processes:
-        if process.poll() is None:
-          process.kill()
+        process.kill()
+        process.wait()
+      break
     time.sleep(0.05)
-  if deadline is None:
-    code = first_cause([process.returncode for process in processes])
   return 128 - code if code < 0 else code
 
 

@@ -27,8 +27,10 @@ Options:
   --spot                    cheaper, and may be taken away at any time
   --worker=N                whose log is shown (0)
   --poll=SECONDS            between two looks (30)
-  --max-restarts=N          how often a lost slice is asked for again (100)
-  --max-failures=N          how often a training that crashed is started again (3)
+  --max-restarts=N          how often a training that was interrupted is started again, and how
+                            often a lost slice is asked for, together (100)
+  --max-failures=N          how often a training that crashed, or whose disk was full, is started
+                            again, in all (3)
   --keep                    train leaves the slice when it ends; somebody pays for it
   --create-flag=FLAG        a further flag for gcloud's create, such as --create-flag=--reserved
   --ssh-flag=FLAG           a further flag for gcloud's ssh and scp, such as

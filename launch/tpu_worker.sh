@@ -48,7 +48,7 @@ start() {
     echo "it runs already"
     return
   fi
-  rm -f "$kept/exit_code"
+  rm -f "$kept/exit_code" "$kept/told_to_stop"
   setsid nohup bash "$code/launch/tpu_worker.sh" supervise "$@" >>"$kept/log" 2>&1 </dev/null &
   note supervisor $!
 }
@@ -72,6 +72,8 @@ supervise() {
     status=0
     wait "$training" || status=$?
   done
+  # Told to stop before it could hear of it: it has begun nothing that it could save.
+  if [[ $status == 143 && -e "$kept/told_to_stop" ]]; then status=0; fi
   leave "${ended:-$status}"
 }
 
@@ -144,6 +146,6 @@ case "${1:-}" in
   install|start|supervise|status|log) "$@" ;;
   follow) exec tail -n 100 -F "$kept/log" ;;
   # To the training alone: its data workers must live until it has saved.
-  stop) if alive training; then kill -TERM "$process"; fi ;;
+  stop) if alive training; then touch "$kept/told_to_stop"; kill -TERM "$process"; fi ;;
   *) echo "tpu_worker.sh: ${1:-nothing}: no such step" >&2; exit 2 ;;
 esac

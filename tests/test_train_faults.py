@@ -2,6 +2,7 @@
 
 import errno
 import json
+import re
 import signal
 
 import jax
@@ -12,6 +13,7 @@ from advprop_jax import measure, train
 from advprop_jax.errors import InputError
 from advprop_jax.runtime import checkpoint
 from advprop_jax.runtime.faults import Preempted
+from tests import pods
 from tests.pods import lines, newest
 from tests.small_run import make_config
 
@@ -111,6 +113,17 @@ def test_a_signal_during_an_evaluation_saves_the_step_before_it(monkeypatch, tmp
   assert [line["step"] for line in lines(tmp_path) if "test/clean_top1" in line] == [6, 8]
   assert [line["step"] for line in lines(tmp_path) if "train/loss" in line] == list(
       range(1, STEPS + 1))
+
+
+def test_a_signal_from_outside_saves_and_ends_well(tmp_path):
+  """Fails where the program, not `train`, does not hear it, or ends with another code or word."""
+  command = pods.single(tmp_path / "run", "--config.train.steps=1000", module="tests.slowly")
+  program = pods.start(command, tmp_path / "cache")
+  pods.wait_for_step(program, tmp_path / "run", 2)
+  program.send_signal(signal.SIGTERM)
+  said = re.search(r"Stopped after step (\d+) of 1000, whose checkpoint is written; resume with "
+                   "the same command", pods.finish(program, code=0, seconds=60))
+  assert pods.newest(tmp_path / "run").step == int(said[1])
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 from advprop_jax.errors import InputError
 
 PATIENCE_SECONDS = 3600   # of one process for another that lives; the dead are found by heartbeats
-_ENDED = "advprop_jax/ended"
+_ENDED, _FAILED = "advprop_jax/ended", "advprop_jax/failed"
 _numbers = itertools.count()
 
 
@@ -96,16 +96,24 @@ def require_same(facts: dict[str, Any]) -> None:
                      "flags")
 
 
-def tell_end(reason: str) -> None:
-  """Leaves to the others why this process ends."""
+def tell_end(reason: str, failed: bool) -> None:
+  """Leaves to the others why this process ends: by a failure, or as it was told to."""
   if not alone():
-    store().key_value_set(f"{_ENDED}/{process()[0]:06}", reason)
+    store().key_value_set(f"{_FAILED if failed else _ENDED}/{process()[0]:06}", reason)
+
+
+def told_failures() -> list[str]:
+  """Why processes have failed, as far as they could say; nothing if the coordinator is gone."""
+  return _told(_FAILED)
 
 
 def told_ends() -> list[str]:
-  """Why other processes have ended, as far as they could say; nothing if the coordinator is gone.
-  """
+  """Why processes have ended, by failures or not, as `told_failures`."""
+  return _told(_FAILED) + _told(_ENDED)
+
+
+def _told(folder):
   try:
-    return [text for _, text in sorted(store().key_value_dir_get(_ENDED))]
+    return [text for _, text in sorted(store().key_value_dir_get(folder))]
   except jax.errors.JaxRuntimeError:
     return []

@@ -13,6 +13,7 @@ import json
 import logging
 import math
 import os
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -72,7 +73,9 @@ class Checkpoints:
     """
     if keep < 1:
       raise InputError(f"checkpoint.keep is {keep}; at least 1 checkpoint must be kept.")
-    logging.getLogger("absl").addFilter(_without_orbax)   # adding it again changes nothing
+    for logger in ("absl", "asyncio"):
+      logging.getLogger(logger).addFilter(_without_orbax)   # adding it again changes nothing
+    sys.unraisablehook = _without_closed_loops
     self._directory = epath.Path(directory).absolute()
     self._keep, self._best_metric, self._write = keep, best_metric, write
     self._saving: int | None = None
@@ -393,6 +396,17 @@ def _ranked(steps: Sequence[int], score: Callable[[int], float | None]) -> list[
 def _without_orbax(record: logging.LogRecord) -> bool:
   """Lets no record of Orbax pass unless absl is to log INFO (--verbosity=0).
 
-  Orbax logs every failure with its traceback before it raises it; the user gets one sentence.
+  Orbax logs every failure with its traceback before it raises it, and asyncio those of Orbax's
+  tasks that came after the first; the user gets one sentence.
   """
-  return "orbax" not in record.pathname or absl_logging.get_verbosity() >= absl_logging.INFO
+  of_orbax = "orbax" in record.pathname or "orbax" in record.getMessage()
+  return not of_orbax or absl_logging.get_verbosity() >= absl_logging.INFO
+
+
+def _without_closed_loops(unraisable, show=sys.unraisablehook) -> None:
+  """Shows what could not be raised, but for what TensorStore's threads say of a save that failed.
+
+  They report to an event loop that Orbax has closed at the first failure.
+  """
+  if str(unraisable.exc_value) != "Event loop is closed":
+    show(unraisable)

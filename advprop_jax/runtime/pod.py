@@ -4,7 +4,8 @@ JAX finds the processes of TPU slices, GKE, Slurm and Open MPI by itself; elsewh
 A pod is lost as a whole when one of its processes is: the others notice at once where a connection
 breaks (on the CPU), and else within --heartbeat_timeout, by JAX's heartbeats, on which its C++
 aborts them. So that a sentence is the last that a person reads then, each process of a pod keeps
-a small second process, which says it when the first is gone.
+a small second process, which says it when the first is gone. One that fails by itself tells the
+others before it goes, and they end before JAX would abort them.
 """
 
 import contextlib
@@ -16,6 +17,7 @@ import re
 import socket
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterator
@@ -50,8 +52,10 @@ MODES = ("train", "evaluate")   # that a pod can do
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy",
              "libtpu", "jax-cuda13-pjrt", "jax-cuda12-pjrt")
 LOST = 3                    # exit code of a process that ends because another is gone
-_LEAVING_SECONDS = 5.0      # for others that end for the same reason; where all were told to,
-_TOLD_SECONDS = 60.0        # each first ends its data workers and what it writes
+_LEAVING_SECONDS = 10.0     # for others to end for the same reason, or as they hear of it; where
+_TOLD_SECONDS = 60.0        # all were told to, each first ends its data workers and what it writes
+_FOLLOWING_SECONDS = 4.0    # for one that hears of a failure to come to its own end; process 0 is
+_FIRST_FOLLOWS = 12.0       # the last to leave: JAX aborts whoever is there without it
 _SHUTDOWN_SECONDS = 600     # process 0 draws pictures when the others have done
 _NO_POD = "coordinator_address should be defined"   # what JAX says where it finds none
 _OF_ANOTHER = re.compile(r"\bGloo\b|heartbeat|CoordinationService|Socket closed|"
@@ -96,21 +100,25 @@ def joined() -> Iterator[None]:
   if words is None:
     yield
     return
+  ending = threading.Event()
+  threading.Thread(target=_follow, args=(words, ending), daemon=True).start()
   try:
     yield
     agreement.meet("end")
+    ending.set()
   except (InputError, Preempted) as end:
-    told = isinstance(end, Preempted)
-    if not _all_end(str(end), _TOLD_SECONDS if told else _LEAVING_SECONDS):
+    ending.set()
+    if not _all_end(end):
+      told = isinstance(end, Preempted)
       _exit(words, end if told else f"Error: {end}", 0 if told else end.code)
     words.be("")
     raise
   except BaseException as error:   # on its way out Python would wait for the others
+    ending.set()
     # JAX makes another exception of the same failure where it starts a program than where it waits.
     if isinstance(error, RuntimeError | ValueError) and _OF_ANOTHER.search(str(error)):
       _exit(words, lost(str(error)), LOST)
-    with contextlib.suppress(jax.errors.JaxRuntimeError):
-      agreement.tell_end(f"process {agreement.process()[0]}: {type(error).__name__}: {error}")
+    _all_end(error)
     _exit(words, traceback.format_exc(), 1)
   words.be("")
 
@@ -212,7 +220,8 @@ def _check(coordinator: str | None, processes: int | None, process_id: int | Non
   if process_id >= processes:
     raise InputError(f"--process_id={process_id}: there are {processes} processes; give 0 to "
                      f"{processes - 1}")
-  if not re.fullmatch(r".+:\d{1,5}", coordinator):
+  _, _, port = coordinator.rpartition(":")
+  if not re.fullmatch(r".+:\d{1,5}", coordinator) or not 0 < int(port) < 2**16:
     raise InputError(f"--coordinator={coordinator}: give HOST:PORT, such as 10.0.0.2:8476")
 
 
@@ -251,14 +260,30 @@ def lost(error: str) -> str:
           "processes again with the same command, and the run goes on from its newest checkpoint")
 
 
-def _all_end(reason: str, seconds: float) -> bool:
-  """Whether all processes end now, as they do where a config is wrong."""
+def _all_end(end: BaseException) -> bool:
+  """Tells the others; whether all processes end now, as they do where a config is wrong."""
+  told = isinstance(end, Preempted)
+  known = told or isinstance(end, InputError)
+  reason = end if known else f"{type(end).__name__}: {end}"
+  seconds = _TOLD_SECONDS if told else _LEAVING_SECONDS
   try:
-    agreement.tell_end(f"process {agreement.process()[0]}: {reason}")
+    agreement.tell_end(f"process {agreement.process()[0]}: {reason}", failed=not told)
     agreement.store().wait_at_barrier("advprop_jax/all_end", int(seconds * 1000))
   except jax.errors.JaxRuntimeError:
     return False
   return True
+
+
+def _follow(words: LastWords, ending: threading.Event) -> None:
+  """Ends this process when another has told that it fails, and it does not itself.
+
+  It may wait for the other, in a program or at a meeting: for ever, or until JAX aborts it.
+  """
+  seconds = _FIRST_FOLLOWS if agreement.is_first() else _FOLLOWING_SECONDS
+  while not ending.wait(1.0):
+    reasons = agreement.told_failures()
+    if reasons and not ending.wait(seconds):
+      _exit(words, lost("; ".join(reasons)), LOST)
 
 
 def _exit(words: LastWords, sentence: object, code: int) -> NoReturn:

@@ -191,6 +191,20 @@ def test_the_final_evaluation_is_stopped_on_all(cache, tmp_path):
   assert json.loads((tmp_path / "summary.json").read_text())["results"]["clean"]["images"] == 103
 
 
+@pytest.mark.parametrize(("where", "code", "says"), [
+    ("0:3:metrics", 75, r"\[0\] Error: \S+metrics.jsonl cannot be written \(No space left"),
+    pytest.param("1:3:step", 1, r"\[1\] OSError: .*No space left", marks=pytest.mark.slow)])
+def test_what_one_process_alone_fails_of_all_say(cache, tmp_path, where, code, says):
+  """Fails where the other waits for it, or is aborted by JAX, without a word of what went wrong."""
+  command = local_pod(2, 1, tmp_path, "--config.train.steps=20", module="tests.faulty")
+  output = run(command, cache, code=code, FULL=where)
+  assert re.search(says, output)
+  other = 1 - int(where[0])
+  assert re.search(rf"\[{other}\] Process {other} of 2: another process of the pod is gone "
+                   rf"\(process {where[0]}: .*No space left on device", output)
+  assert "Fatal Python error" not in output
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("where", ["0:4:begin", "1:4:begin", "0:4:end"])
 def test_a_full_disk_of_one_process(cache, tmp_path, where):

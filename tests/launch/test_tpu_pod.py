@@ -318,6 +318,20 @@ def test_train_started_again_watches_the_training_that_runs(cloud):
   assert "saved" in ran.stdout
 
 
+def test_a_stop_before_the_training_can_hear_it_is_the_end(cloud):
+  """Fails where train, which watches, takes it for an interruption and starts again."""
+  plan(cloud, "exec sleep 60")
+  plan(cloud, "exec sleep 60", worker=1)
+  stopper = subprocess.Popen(
+    ["bash", "-c", 'until [ -e "$CLOUD/slice1-worker1/arguments" ]; do sleep 0.05; done; '
+     'sleep 0.5; exec "$@"', "-", "bash", str(ROOT / "launch" / "tpu_pod.sh"), "stop", *WHERE],
+    env=environment(cloud), stdout=subprocess.DEVNULL)
+  ran = pod(cloud, "train", *SLICE, *TRAINING)
+  stopper.wait(timeout=300)
+  assert ran.returncode == 0, ran.stdout + ran.stderr
+  assert steps(cloud) == ["create", "send", "install", "start", "stop", "delete"]
+
+
 def test_gcloud_that_does_not_answer_is_named(cloud):
   """Fails where somebody who is not logged in waits for ever."""
   (cloud / "refuses").write_text("You do not currently have an active account selected.")

@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ import pytest
 from etils import epath
 
 from advprop_jax.errors import FaultError, InputError
-from advprop_jax.runtime import integrity
+from advprop_jax.runtime import checkpoint, integrity
 from advprop_jax.runtime.checkpoint import Checkpoints
 from advprop_jax.runtime.parallel import pmap, replicated
 from advprop_jax.runtime.workdir import make_workdir
@@ -264,3 +265,11 @@ def test_a_full_disk_is_one_sentence_and_earlier_checkpoints_stay_whole(tmp_path
     assert error.endswith("(whole checkpoints there: 1).")
     assert "\n" not in error
   assert [path.name for path in tmp_path.iterdir()] == ["3"]
+
+
+def test_what_threads_say_of_a_closed_loop_is_not_shown():
+  """Fails where tracebacks of threads hide the sentence on a full disk, or others are hidden."""
+  shown = []
+  for error in (RuntimeError("Event loop is closed"), RuntimeError("other")):
+    checkpoint._without_closed_loops(types.SimpleNamespace(exc_value=error), shown.append)
+  assert [str(each.exc_value) for each in shown] == ["other"]

@@ -51,7 +51,9 @@ def both_refuse(processes):
     ((None, 2, 0), "--coordinator: not given"), ((None, 2, None), "--coordinator: not given"),
     (("localhost:1234", 2, None), "--process_id: not given"),
     (("localhost:1234", 2, 2), "--process_id=2: there are 2 processes; give 0 to 1"),
-    (("localhost", 2, 1), "--coordinator=localhost: give HOST:PORT")])
+    (("localhost", 2, 1), "--coordinator=localhost: give HOST:PORT"),
+    (("localhost:65536", 2, 1), "--coordinator=localhost:65536: give HOST:PORT"),
+    (("localhost:0", 2, 0), "--coordinator=localhost:0: give HOST:PORT")])
 def test_flags_that_name_no_process(given, says):
   with pytest.raises(InputError, match=re.escape(says)):
     pod.join(*given, start_timeout=1, heartbeat_timeout=10)
