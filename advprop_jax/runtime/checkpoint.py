@@ -14,6 +14,7 @@ import logging
 import math
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -76,6 +77,7 @@ class Checkpoints:
     for logger in ("absl", "asyncio"):
       logging.getLogger(logger).addFilter(_without_orbax)   # adding it again changes nothing
     sys.unraisablehook = _without_closed_loops
+    warnings.filterwarnings("ignore", "coroutine .*write_fragment' was never awaited")
     self._directory = epath.Path(directory).absolute()
     self._keep, self._best_metric, self._write = keep, best_metric, write
     self._saving: int | None = None
@@ -117,7 +119,10 @@ class Checkpoints:
     except OSError as error:
       raise of_disk(error, f"The checkpoint directory {self._directory} cannot be written",
                     "choose another --workdir") from error
-    self._metrics = {step: self._read_metrics(step) for step in self._steps()}
+    # Opened again after a save that failed, it knows them all: to read them needs every process,
+    # and one that has found the disk full above does not come here.
+    self._metrics = {step: self._metrics[step] if step in self._metrics
+                     else self._read_metrics(step) for step in self._steps()}
 
   def _probe(self) -> None:
     """Raises an OSError where this process can write nothing."""

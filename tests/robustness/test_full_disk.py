@@ -27,13 +27,16 @@ def disk(tmp_path):
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("on_failure", ["stop", "continue"])
 def test_whenever_the_disk_is_full(disk, tmp_path, processes, on_failure):
-  """Fails where that is no sentence of each process, or takes a checkpoint that was whole."""
+  """Fails where that is no sentence of each process, or takes a checkpoint that was whole.
+
+  Whether a checkpoint or the metrics find it full first is chance: it prints which.
+  """
   said = []
   for left in (380, 460, 540):
     workdir = disk / f"run{left}"
-    command = pods.of_processes(
+    command = pods.of_processes(   # tests.faulty: others wait for a save for 10 s, not for 300
         processes, workdir, "--config.train.steps=12", "--config.checkpoint.every_steps=3",
-        f"--config.checkpoint.on_failure={on_failure}", module="tests.one_block")
+        f"--config.checkpoint.on_failure={on_failure}", module="tests.faulty")
     with pathlib.Path(disk, "fill").open("wb") as fill:
       fill.write(bytes(SIZE - left * KIB))
     output = pods.run(command, tmp_path, code=75)
@@ -51,4 +54,3 @@ def test_whenever_the_disk_is_full(disk, tmp_path, processes, on_failure):
     assert pods.newest(workdir).step == 12
     subprocess.run(["rm", "-r", str(workdir)], check=True)
   print(*said, sep="\n")
-  assert any("The checkpoint of step" in line for line in said)
