@@ -64,6 +64,10 @@ supervise() {
     leave "${ended:-$status}"
     return
   fi
+  if [[ -e "$kept/told_to_stop" ]]; then       # while the bucket was mounted
+    leave 0
+    return
+  fi
   "$kept/venv/bin/python" -u -m advprop_jax.main "${arguments[@]}" &
   training=$!
   note training "$training"
@@ -146,6 +150,8 @@ case "${1:-}" in
   install|start|supervise|status|log) "$@" ;;
   follow) exec tail -n 100 -F "$kept/log" ;;
   # To the training alone: its data workers must live until it has saved.
-  stop) if alive training; then touch "$kept/told_to_stop"; kill -TERM "$process"; fi ;;
+  stop)
+    if alive supervisor; then touch "$kept/told_to_stop"; fi
+    if alive training; then kill -TERM "$process"; fi ;;
   *) echo "tpu_worker.sh: ${1:-nothing}: no such step" >&2; exit 2 ;;
 esac

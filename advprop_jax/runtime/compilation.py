@@ -31,7 +31,9 @@ from advprop_jax.runtime.metrics import write_bytes
 MAX_BYTES = 2**30                      # of JAX's cache, and of ours; what was used longest ago goes
 MIN_SECONDS = 0.5                      # of compiling; shorter ones are not worth a file
 _SETTLED = 10.0                        # seconds that code is old when this module is loaded
+_FORMAT = 1            # of files; to be raised where a function's compiler options change
 _SETTINGS = ("JAX_", "XLA_", "LIBTPU_", "TPU_", "CUDA_", "TF_", "FLAX_")   # of the environment
+_FOUND = "/jax/compilation_cache/cache_hits"
 _START = time.time()
 _folders: list[pathlib.Path] = []      # of kept programs; none before `keep_compiled`
 
@@ -74,7 +76,7 @@ def kept_program(function: Callable, name: str, made_of: dict[str, Any]) -> Call
 
   Args:
     function: of `jax.jit` or `jax.pmap`; called with arguments of the same shapes each time.
-    name: of its files; functions of one name are compiled with the same options.
+    name: of its files; functions of one name are compiled with the same options (see _FORMAT).
     made_of: what JSON knows; all that the function is made of besides code.
   """
   if not _folders or not agreement.alone():
@@ -92,16 +94,16 @@ def kept_program(function: Callable, name: str, made_of: dict[str, Any]) -> Call
 
 def _found(function: Callable, args: tuple, path: pathlib.Path, made_of: dict) -> Callable:
   """The program of a function for such arguments; what is missing of its files is written."""
-  settings = _settings()
-  facts = [settings, made_of, _shapes(args), _packages()]
+  settings, shapes = _settings(), _shapes(args)
+  facts = [settings, made_of, shapes, _packages()]
   sources = path.with_name(f"{path.name}-{_hash(facts)}.json")
   program = _read(_named_by(sources))
   if program is None:
     lowered = function.lower(*args)
-    file = path.with_name(f"{path.name}-{_hash([settings, lowered.as_text()])}.program")
+    file = path.with_name(f"{path.name}-{_hash([settings, shapes, lowered.as_text()])}.program")
     program = _read(file) or _compiled(lowered, file)
     code = _code()
-    if all(_changed(source) < _START - _SETTLED for source, _ in code.values()):
+    if _is_in_files(code):
       _write(sources, json.dumps({"code": code, "program": file.name}).encode())
     _forget_oldest(path.parent)
   return program
@@ -109,11 +111,14 @@ def _found(function: Callable, args: tuple, path: pathlib.Path, made_of: dict) -
 
 def _named_by(sources: pathlib.Path) -> pathlib.Path | None:
   """The file of the program that was made of the code that this process runs; None if unknown."""
+  loaded = _code()
   try:
     known = json.loads(sources.read_bytes())
-  except (OSError, ValueError):
+    same = _is_in_files(loaded) and _is_loaded(known["code"], loaded)
+    os.utime(sources)                  # used last
+    return sources.with_name(known["program"]) if same else None
+  except (OSError, ValueError, LookupError, TypeError):   # not there, or of another form
     return None
-  return sources.with_name(known["program"]) if _is_loaded(known["code"]) else None
 
 
 def _read(file: pathlib.Path | None) -> Callable | None:
@@ -122,7 +127,7 @@ def _read(file: pathlib.Path | None) -> Callable | None:
     return None
   try:
     program = serialize_executable.deserialize_and_load(*pickle.loads(file.read_bytes()))
-    file.touch()                       # used last
+    os.utime(file)                     # used last
   except Exception:                    # of whatever type: what cannot be loaded is compiled
     return None
   give_back()
@@ -135,12 +140,17 @@ def _compiled(lowered: Any, file: pathlib.Path) -> Callable:
   JAX must not keep it too: a program for the CPU that it has loaded is not whole when it is
   written.
   """
-  seconds = jax.config.jax_persistent_cache_min_compile_time_secs
+  events, seconds = [], jax.config.jax_persistent_cache_min_compile_time_secs
+  note = lambda event, **_: events.append(event)   # noqa: E731  to be unregistered
+  jax.monitoring.register_event_listener(note)
   jax.config.update("jax_persistent_cache_min_compile_time_secs", math.inf)
   try:
     program = lowered.compile()
   finally:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", seconds)
+    jax.monitoring.unregister_event_listener(note)
+  if _FOUND in events:                 # kept by JAX before
+    return program
   try:
     content = pickle.dumps(serialize_executable.serialize(program))
   except Exception:                    # of whatever type: some programs cannot be written
@@ -169,7 +179,7 @@ def _settings() -> dict[str, Any]:
   """All that decides on a program besides code and arguments."""
   devices = [[device.id, device.platform, device.device_kind] for device in jax.devices()]
   return {
-      "devices": devices, "backend": jax.devices()[0].client.platform_version,
+      "format": _FORMAT, "devices": devices, "backend": jax.devices()[0].client.platform_version,
       "cores": parallel.local_cores(), "python": [sys.version, sys.flags],
       "packages": sorted(f"{one.name} {one.version}" for one in metadata.distributions()),
       "jax": {setting: repr(value) for setting, value in jax.config.values.items()},
@@ -205,9 +215,13 @@ def _fingerprint(file: str) -> str:
     return ""
 
 
-def _is_loaded(code: dict[str, list[str]]) -> bool:
-  """Whether what this process runs, or would load, is that code."""
-  loaded = _code()
+def _is_in_files(code: dict[str, list[str]]) -> bool:
+  """Whether what is loaded is sure to be what is in the files now: none changed since."""
+  return all(_changed(file) < _START - _SETTLED for file, _ in code.values())
+
+
+def _is_loaded(code: dict[str, list[str]], loaded: dict[str, list[str]]) -> bool:
+  """Whether what this process has loaded, or would load, is that code."""
   return all(loaded.get(name, [file, _fingerprint(file)]) == [file, known]
              for name, (file, known) in code.items())
 

@@ -79,11 +79,11 @@ compilation.keep_compiled()
 calls = {{"traced": 0, "compiled": 0}}
 def step(state, batch):
   calls["traced"] += 1
-  return made.changed(state, jax.lax.pmean(batch["x"].mean(), parallel.AXIS))
+  return made.changed(state, jax.lax.pmean(batch[{key!r}].mean(), parallel.AXIS))
 jax.monitoring.register_event_duration_secs_listener(
     lambda name, *_, **__: calls.update(compiled=calls["compiled"] + ("backend_compile" in name)))
 state = jax.device_put({{"w": np.ones({width}, np.float32)}}, parallel.replicated())
-batch = {{"x": np.arange(8, dtype=np.float32).reshape(4, 2)}}
+batch = {{{key!r}: np.arange(8, dtype=np.float32).reshape(4, 2)}}
 jax.block_until_ready(state)
 calls["compiled"] = 0
 step = compilation.kept_program(parallel.pmap(step, donate_state=True), "step", {made_of})
@@ -94,11 +94,11 @@ print(calls["traced"], calls["compiled"], float(new["w"].sum()))
 MADE = "def changed(state, mean): return {{'w': state['w'] * {factor} + mean}}  # {note}\n"
 
 
-def kept(folder, factor=2, note="", made_of=None, width=3, settled=-60, more="json"):
+def kept(folder, factor=2, note="", made_of=None, width=3, settled=-60, more="json", key="x"):
   """Times traced, times compiled, result of a start whose code is that."""
   (folder / "made.py").write_text(MADE.format(factor=factor, note=note))
   program = KEPT.format(folder=str(folder), made_of=made_of or {"seed": 0}, width=width,
-                        settled=settled, more=more)
+                        settled=settled, more=more, key=key)
   line, = printed(program, folder, XLA_FLAGS="--xla_force_host_platform_device_count=4")
   traced, compiled, result = line.split()
   return int(traced), int(compiled), float(result)
@@ -118,6 +118,7 @@ def test_a_program_is_found_without_tracing(tmp_path):
   assert kept(tmp_path, factor=3) == (1, 1, 3 * (3 * 6.5 + 3.5))
   assert kept(tmp_path, made_of={"seed": 1}, factor=3) == (1, 0, 3 * (3 * 6.5 + 3.5))
   assert kept(tmp_path, width=2) == (1, 1, 2 * 14.5)
+  assert kept(tmp_path, key="y") == NEW                    # it would not take the argument
 
 
 def test_code_that_nobody_knew_is_not_trusted(tmp_path):
@@ -133,6 +134,8 @@ def test_code_that_has_just_changed_is_traced_again(tmp_path):
   """Or what is loaded may be what was in a file before: its program is not that of its bytes."""
   assert kept(tmp_path, settled=10) == NEW
   assert kept(tmp_path, settled=10) == TRACED
+  assert kept(tmp_path) == TRACED
+  assert kept(tmp_path, settled=10) == TRACED              # though there is one of these bytes
 
 
 @pytest.mark.parametrize("damage", [lambda content: content[:len(content) // 2],
