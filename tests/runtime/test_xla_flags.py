@@ -36,9 +36,10 @@ def test_what_is_computed_again_is_not_kept():
 
 @pytest.mark.parametrize(("variables", "names"), [
     ({}, ["xla_disable_hlo_passes", "xla_cpu_experimental_ynn_fusion_type",
-          "xla_backend_extra_options"]),
+          "xla_cpu_prefer_vector_width", "xla_backend_extra_options"]),
     ({"XLA_FLAGS": "--xla_disable_hlo_passes=dce"},
-     ["xla_cpu_experimental_ynn_fusion_type", "xla_backend_extra_options"]),
+     ["xla_cpu_experimental_ynn_fusion_type", "xla_cpu_prefer_vector_width",
+      "xla_backend_extra_options"]),
     ({"JAX_PLATFORMS": "tpu,cpu"}, []), ({"XLA_FLAGS": "/some/file"}, [])])
 def test_flags_of_others_are_left_alone(variables, names):
   program = ("import os; from advprop_jax.runtime.xla_flags import set_flags; "
