@@ -13,20 +13,18 @@ import json
 import logging
 import math
 import os
-import sys
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from absl import logging as absl_logging
 from etils import epath
 
 from advprop_jax.errors import FaultError, InputError, brief, of_disk
 from advprop_jax.runtime import agreement
 from advprop_jax.runtime.integrity import DamagedError, check_tree, verify, write_manifest
 from advprop_jax.runtime.parallel import replicated
+from advprop_jax.runtime.quiet import quiet_orbax
 
 SAVING_SECONDS = 300   # for one process of a pod to wait for another, whose disk may be full
 _METRICS = "metrics_of_step"   # "metrics" is a name that Orbax keeps for itself
@@ -74,10 +72,7 @@ class Checkpoints:
     """
     if keep < 1:
       raise InputError(f"checkpoint.keep is {keep}; at least 1 checkpoint must be kept.")
-    for logger in ("absl", "asyncio"):
-      logging.getLogger(logger).addFilter(_without_orbax)   # adding it again changes nothing
-    sys.unraisablehook = _without_closed_loops
-    warnings.filterwarnings("ignore", "coroutine .*write_fragment' was never awaited")
+    quiet_orbax()
     self._directory = epath.Path(directory).absolute()
     self._keep, self._best_metric, self._write = keep, best_metric, write
     self._saving: int | None = None
@@ -396,22 +391,3 @@ def _ranked(steps: Sequence[int], score: Callable[[int], float | None]) -> list[
   """The steps that have a score, the best first, of equals the newest."""
   scored = [step for step in steps if score(step) is not None]
   return sorted(scored, key=lambda step: (score(step), step), reverse=True)
-
-
-def _without_orbax(record: logging.LogRecord) -> bool:
-  """Lets no record of Orbax pass unless absl is to log INFO (--verbosity=0).
-
-  Orbax logs every failure with its traceback before it raises it, and asyncio those of Orbax's
-  tasks that came after the first; the user gets one sentence.
-  """
-  of_orbax = "orbax" in record.pathname or "orbax" in record.getMessage()
-  return not of_orbax or absl_logging.get_verbosity() >= absl_logging.INFO
-
-
-def _without_closed_loops(unraisable, show=sys.unraisablehook) -> None:
-  """Shows what could not be raised, but for what TensorStore's threads say of a save that failed.
-
-  They report to an event loop that Orbax has closed at the first failure.
-  """
-  if str(unraisable.exc_value) != "Event loop is closed":
-    show(unraisable)

@@ -15,7 +15,7 @@ import pytest
 from etils import epath
 
 from advprop_jax.errors import FaultError, InputError
-from advprop_jax.runtime import checkpoint, integrity
+from advprop_jax.runtime import integrity, quiet
 from advprop_jax.runtime.checkpoint import Checkpoints
 from advprop_jax.runtime.parallel import pmap, replicated
 from advprop_jax.runtime.workdir import make_workdir
@@ -271,5 +271,5 @@ def test_what_threads_say_of_a_closed_loop_is_not_shown():
   """Fails where tracebacks of threads hide the sentence on a full disk, or others are hidden."""
   shown = []
   for error in (RuntimeError("Event loop is closed"), RuntimeError("other")):
-    checkpoint._without_closed_loops(types.SimpleNamespace(exc_value=error), shown.append)
+    quiet._without_closed_loops(types.SimpleNamespace(exc_value=error), shown.append)
   assert [str(each.exc_value) for each in shown] == ["other"]
