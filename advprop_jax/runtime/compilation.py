@@ -7,6 +7,7 @@ loaded when the program was made; and if that is not found, by what tracing give
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -204,6 +205,7 @@ def _code() -> dict[str, list[str]]:
   return {name: [file, _fingerprint(file)] for name, file in files.items() if file}
 
 
+@functools.cache                       # what changes after it was read is not `_is_in_files`
 def _fingerprint(file: str) -> str:
   """Of a source file its bytes, of a library its size and when it changed; "" where it is gone."""
   try:
