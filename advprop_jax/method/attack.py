@@ -10,6 +10,7 @@ attackers of the paper are settings of this one: ATTACKS.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -154,13 +155,13 @@ def bounds(images: jax.Array, epsilon: jax.typing.ArrayLike) -> tuple[jax.Array,
 
 def random_noise(shape: tuple[int, ...], keys: jax.Array, attack: Attack) -> jax.Array:
   """Uniform in the ball, (n, *shape), all zero for an image with probability clean_start."""
-  epsilon = PIXEL * attack.epsilon
+  epsilon, values = PIXEL * attack.epsilon, math.prod(shape)
 
   def draw(key):
-    if attack.norm == "linf":
-      noise = epsilon * jax.random.uniform(key, shape, jnp.float32, -1, 1)
+    if attack.norm == "linf":          # in a row: along 3 colours the CPU takes 4 times as long
+      noise = epsilon * jax.random.uniform(key, (values,), jnp.float32, -1, 1).reshape(shape)
     else:
-      noise = epsilon * jax.random.ball(key, shape[0] * shape[1] * shape[2]).reshape(shape)
+      noise = epsilon * jax.random.ball(key, values).reshape(shape)
     if attack.clean_start == 0:
       return noise
     is_clean = jax.random.bernoulli(jax.random.fold_in(key, 2), attack.clean_start)
