@@ -269,15 +269,17 @@ def conclude(subject: Subject, variables: Mapping[str, Any], weights: Mapping[st
       "attack": dataclasses.asdict(subject.attack), **measured, "training": training,
       "evaluation_seconds": round(seconds, 2), "processes": jax.process_count(),
       "devices": jax.device_count(), "device_kind": jax.devices()[0].device_kind}
-  if jax.process_index() == 0:
-    name, picture = ("evaluation",) * 2 if training is None else ("summary", "adversarial")
-    files = [f"{name}.json", f"{name}.csv"]
+  name, picture = ("evaluation",) * 2 if training is None else ("summary", "adversarial")
+  files = [f"{name}.json", f"{name}.csv"]
+  if agreement.is_first():
     write_json(os.path.join(workdir, files[0]), summary)
     write_text(os.path.join(workdir, files[1]), results_csv(summary))
-    with contextlib.suppress(Unavailable):       # without test images there is no picture
-      drawn = adversarial_picture(subject, variables)
+  with contextlib.suppress(Unavailable):       # without test images there is no picture
+    drawn = adversarial_picture(subject, variables, measurer)
+    if agreement.is_first():
       files.append(f"{picture}.png")
       drawn.save(os.path.join(workdir, files[-1]))
+  if agreement.is_first():
     shutil.rmtree(partial, ignore_errors=True)
     print("\n" + results_table(summary))
     print(f"\n{', '.join(files[:-1])} and {files[-1]} are in {workdir}")

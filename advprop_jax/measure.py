@@ -16,7 +16,7 @@ import pickle
 import sys
 import time
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -26,9 +26,11 @@ from flax import traverse_util
 
 from advprop_jax.benchmarks.contract import Pass, Row
 from advprop_jax.data import loader
+from advprop_jax.data.sources import Records
 from advprop_jax.data.workers import Batch
 from advprop_jax.errors import InputError, LocalError
-from advprop_jax.method.measure import NEVER, Attacker, measure_step
+from advprop_jax.method.measure import NEVER, Attacker, measure_step, shown_step
+from advprop_jax.models.batch_norm import of_domain
 from advprop_jax.models.network import Network
 from advprop_jax.runtime import agreement, parallel
 from advprop_jax.runtime.metrics import Progress, write_bytes
@@ -76,7 +78,12 @@ class Answers:
 
 
 class Measurer:
-  """Compiled evaluations of one network; the weights are arguments."""
+  """Compiled evaluations of one network; the weights are arguments.
+
+  What is measured is the ordinary network with the batch norms of one domain: whichever domain
+  that is, the program is the same. Images are shown by one program and judged by another, so that
+  an attacker is compiled once, and the network too.
+  """
 
   def __init__(self, model: Network, config: ml_collections.FrozenConfigDict,
                between: Callable[[], None] = lambda: None):
@@ -88,7 +95,10 @@ class Measurer:
       between: called before every batch; what it raises ends the pass.
     """
     self._model, self._config, self._between = model, config, between
-    self._steps: dict[tuple, Callable] = {}
+    self._ordinary = model.clone(domains=model.domains[:1])
+    self._judge = parallel.pmap(functools.partial(
+        measure_step, self._ordinary, axis_name=parallel.AXIS))
+    self._shows: dict[Attacker | None, Callable] = {}
 
   def answers(self, variables: Mapping[str, Any], one: Pass, name: str = "",
               kept: pathlib.Path | None = None) -> Answers:
@@ -105,6 +115,7 @@ class Measurer:
         raises.
     """
     settings, given = self._config.eval, self._given(variables, one)
+    show = self._show(one)
     key = None                         # of process 0, which alone reads and writes
     if kept and agreement.is_first():
       with contextlib.suppress(InputError):   # of an image: who comes to it will say so
@@ -116,10 +127,11 @@ class Measurer:
       first = answers.done // settings.batch_size
       answers.done = first * settings.batch_size
     progress = _LongProgress(name, len(batches), first, settings.batch_size)
-    step, saved, running = self._step(one), time.monotonic(), []
+    saved, running = time.monotonic(), []
     for batch in _of_this_process(batches.starting_at(first)):
       self._between()
-      running.append(step(given, parallel.shard(batch)))
+      batch = parallel.shard(batch)
+      running.append(self._judge(given["judged"], {**batch, "image": show(given["shown"], batch)}))
       # One step late, so that the next batch is made and travels while this one is computed.
       while len(running) > (not parallel.wait_each_step()):
         answers.add(jax.device_get(running.pop(0)))
@@ -146,32 +158,74 @@ class Measurer:
         process_index=jax.process_index(), process_count=jax.process_count(),
         num_workers=workers, num_threads=data.num_threads)
 
+  def look(self, variables: Mapping[str, Any], one: Pass, places: Sequence[int]
+           ) -> dict[str, Any]:
+    """A few images of a pass, as the network sees them. Every process has to ask.
+
+    Args:
+      variables: of the model.
+      one: the pass.
+      places: of the images in its source.
+
+    Returns:
+      Of those that this process has of the batch, which for the first one are the first: {"image":
+      uint8 (n, size, size, 3), "label": (n,), "shown": float32 (n, size, size, 3) in [-1, 1],
+      "said": {domain: (n,), the likeliest class, by the main one and the pass's own}}.
+    """
+    few = dataclasses.replace(one.source, records=Picked(one.source.records, tuple(places)))
+    batches = self.batches(dataclasses.replace(one, source=few))
+    batch = next(_of_this_process(batches.starting_at(0)))
+    here, first = batch["mask"], batch["index"][0]
+    # By their own places: an attack's draws are those of the pass.
+    batch["index"][here] = np.asarray(places)[batch["index"][here]]
+    sharded = parallel.shard(batch)
+    shown = self._show(one)(self._given(variables, one)["shown"], sharded)
+    said = {}
+    for domain in dict.fromkeys((self._model.domains[0], one.domain)):
+      judged = self._given(variables, dataclasses.replace(one, domain=domain))["judged"]
+      said[domain] = jax.device_get(self._judge(judged, {**sharded, "image": shown})["said"])
+    return {"image": batch["image"][here], "label": batch["label"][here],
+            "shown": parallel.local(shown)[here],
+            "said": {domain: labels[first:][:len(here)][here] for domain, labels in said.items()}}
+
   def _given(self, variables, one):
-    """The first argument of the compiled step, on the devices."""
+    """The first argument of each compiled step, on the devices."""
     classes = np.ones(self._model.num_classes, bool)
     if one.classes is not None:
       classes[:] = False
       classes[list(one.classes)] = True
-    given = {"variables": variables, "classes": classes}
+    measured = of_domain(variables, one.domain)
+    given = {"shown": {}, "judged": {"variables": measured, "classes": classes}}
     if one.attack is not None:
-      given["attacked"] = one.surrogate.variables if one.surrogate else variables
-      given["strength"] = np.array([one.attack.epsilon, one.attack.step_size], np.float32)
+      given["shown"] = {
+          "variables": one.surrogate.variables if one.surrogate else measured,
+          "strength": np.array([one.attack.epsilon, one.attack.step_size], np.float32)}
     return jax.device_put(given, parallel.replicated())
 
-  def _step(self, one: Pass) -> Callable:
-    """The compiled step of a pass: one for all sets, classes and strengths of a kind."""
+  def _show(self, one: Pass) -> Callable:
+    """The compiled step that makes what is shown: one for all sets and strengths of a kind."""
     attacker = None
     if one.attack is not None:
       attack = dataclasses.replace(one.attack, epsilon=0.0, step_size=0.0)   # are arguments
-      model = one.surrogate.model if one.surrogate else self._model
-      domain = model.domains[0] if one.surrogate else one.domain
-      attacker = Attacker(attack, model, domain, one.restarts)
-    kind = (one.domain, attacker)
-    if kind not in self._steps:
-      self._steps[kind] = parallel.pmap(functools.partial(
-          measure_step, self._model, domain=one.domain, attacker=attacker,
-          axis_name=parallel.AXIS))
-    return self._steps[kind]
+      attacker = Attacker(attack, one.surrogate.model if one.surrogate else self._ordinary,
+                          one.restarts)
+    if attacker not in self._shows:
+      self._shows[attacker] = parallel.pmap(functools.partial(shown_step, attacker), of_batch=True)
+    return self._shows[attacker]
+
+
+@dataclasses.dataclass(frozen=True)
+class Picked:
+  """Some of the records, those at `places`."""
+
+  records: Records
+  places: tuple[int, ...]
+
+  def __len__(self) -> int:
+    return len(self.places)
+
+  def __getitem__(self, index: int) -> dict[str, Any]:
+    return self.records[self.places[index]]
 
 
 def _of_this_process(batches: Iterator[Batch]) -> Iterator[Batch]:
@@ -238,7 +292,7 @@ def fingerprint(model: Network, config: ml_collections.FrozenConfigDict, one: Pa
     model: the network.
     config: resolved; names the network, and the size of its images.
     one: the pass.
-    given: as `measure_step` takes it.
+    given: what the compiled steps are given.
   """
   digest = hashlib.blake2b(digest_size=16)
   flat = traverse_util.flatten_dict(jax.device_get(dict(given)), sep="/")

@@ -18,9 +18,10 @@ from advprop_jax.benchmarks import adversarial, contract, mce
 from advprop_jax.benchmarks.corruptions import corrupt
 from advprop_jax.errors import InputError
 from advprop_jax.evaluate import create_subject, evaluate, measure, subject_of
+from advprop_jax.figures import sheet
 from advprop_jax.measure import Answers, Measurer, calibration_error, row, rows_of_sets
 from advprop_jax.method.loss import cross_entropy
-from advprop_jax.method.measure import measure_step
+from advprop_jax.method.measure import measure_step, shown_step
 from advprop_jax.method.step import attack_images, to_model_units
 from tests.conftest import ROOT
 from tests.small_run import make_config
@@ -56,18 +57,25 @@ def test_one_compilation_for_all_sets_and_strengths(subject, monkeypatch):
   """Fails where another epsilon, other classes or another set of images compile the step again."""
   traced = []
 
-  def counted(*arguments, **settings):
-    traced.append(settings["attacker"])
-    return measure_step(*arguments, **settings)
+  def counted(step):
+    def counted_step(*arguments, **settings):
+      traced.append(step.__name__)
+      return step(*arguments, **settings)
+    return counted_step
 
-  monkeypatch.setattr(measuring, "measure_step", counted)
-  subject = with_settings(subject, benchmarks="clean,adversarial,strength", strengths="0,1,4,16")
+  monkeypatch.setattr(measuring, "measure_step", counted(measure_step))
+  monkeypatch.setattr(measuring, "shown_step", counted(shown_step))
+  subject = with_settings(subject, benchmarks="clean,adversarial,auxiliary,strength",
+                          strengths="0,1,4,16")
   measurer = measurer_of(subject)
   results = measure(subject, distinct_variables(), measurer)["results"]
   few = dataclasses.replace(contract.test_pass(subject), classes=(0, 1))
   answers = measurer.answers(distinct_variables(), dataclasses.replace(
       few, source=dataclasses.replace(few.source, records=Only(few.source, (0, 1)))))
-  assert len(traced) == 2, traced                    # as they are, and attacked
+  sheet.adversarial_picture(subject, distinct_variables(), measurer)
+  # Images as they are, and attacked, through whichever batch norms; and the network.
+  assert sorted(traced) == ["measure_step", "shown_step", "shown_step"]
+  assert adversarial.AUXILIARY in results
   assert np.all(answers.top5)
   assert [name for name in results if "epsilon" in name] == [
       f"adversarial, epsilon {epsilon}" for epsilon in (0, 1, 4, 16)]
@@ -225,7 +233,7 @@ from tests.test_measure import measurer_of, distinct_variables, small_experiment
 subject = subject_of(small_experiment())
 one = test_pass(subject)
 print(measure.fingerprint(subject.model, subject.config, one,
-                          measurer_of(subject)._given({"x": 1.0}, one)))
+                          measurer_of(subject)._given({"params": {"x": 1.0}}, one)))
 """
 
 

@@ -2,15 +2,14 @@
 
 import dataclasses
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from advprop_jax.benchmarks.contract import Subject
+from advprop_jax.benchmarks.contract import Subject, test_pass
 from advprop_jax.data import imagenet
+from advprop_jax.measure import Measurer
 from advprop_jax.method.attack import PIXEL
-from advprop_jax.method.step import attack_images, to_model_units
+from advprop_jax.runtime import agreement
 
 RIGHT, WRONG, INK, GREY = "#0072b2", "#d55e00", "#111111", "#555555"  # blue, vermilion: Okabe-Ito
 CELL, GAP, MARGIN = 128, 12, 16
@@ -18,50 +17,43 @@ TEXT = 13
 LETTERS = 16                           # of a line to the left of a row, at most
 
 
-def adversarial_picture(subject: Subject, variables: dict, columns: int = 8) -> Image.Image:
+def adversarial_picture(subject: Subject, variables: dict, measurer: Measurer,
+                        columns: int = 8) -> Image.Image | None:
   """Clean test images, what an attack adds to them, and the adversarial images.
 
-  The attack is that of the evaluation, through the auxiliary batch norms if there are any.
+  The attack is that of the evaluation, through the auxiliary batch norms if there are any. Every
+  process of a pod has to ask for it, and the first one gets it.
 
   Args:
     subject: the network, and its test images.
     variables: of its model.
+    measurer: of its model; what it has compiled serves again.
     columns: number of images, spread over the test set.
   """
-  model, attack, source = subject.model, subject.attack, subject.open_test()
+  attack, source = subject.attack, subject.open_test()
   main, domain = subject.main, subject.auxiliary or subject.main
-  places = np.linspace(0, len(source) - 1, columns).astype(int)
-  pixels = np.stack([subject.transform(source[i]["image"]) for i in places])
-  labels = np.array([source[i]["label"] for i in places])
-
-  @jax.jit
-  def compute(variables, pixels, labels):
-    images = to_model_units(pixels)
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.PRNGKey(0), places)
-    adversarial = attack_images(model, variables, domain, attack, images, labels, keys)
-
-    def predict(images, domain):
-      return jnp.argmax(model.apply(variables, images, domains=(domain,)), axis=-1)
-
-    return adversarial, {"clean": predict(images, main), "main": predict(adversarial, main),
-                         "attacked": predict(adversarial, domain)}
-
-  adversarial, predictions = jax.device_get(compute(variables, pixels, labels))
+  places = np.linspace(0, len(source) - 1, columns).astype(int).tolist()
+  clean = measurer.look(variables, test_pass(subject), places)
+  attacked = measurer.look(variables, test_pass(subject, attack=attack, domain=domain,
+                                                restarts=subject.config.eval.restarts), places)
+  if not agreement.is_first():
+    return None
+  pixels, labels = clean["image"], clean["label"]
   names = [imagenet.words(name) for name in source.class_names]
 
-  def lines(kind, before):
+  def lines(said, before):
     return [(f"{before}{names[guess]}", RIGHT if guess == label else WRONG)
-            for guess, label in zip(predictions[kind], labels, strict=True)]
+            for guess, label in zip(said, labels, strict=True)]
 
-  through = [lines("main", "main: ")]
+  through = [lines(attacked["said"][main], "main: ")]
   if domain != main:
-    through.append(lines("attacked", "auxiliary: "))
+    through.append(lines(attacked["said"][domain], "auxiliary: "))
   title = f"{attack} of 255, through the {'main' if domain == main else 'auxiliary'} BN"
-  adversarial = (adversarial + 1) / PIXEL
+  adversarial = (attacked["shown"] + 1) / PIXEL
   bounded = attack.ball and attack.norm == "linf"
   largest = attack.epsilon if bounded else float(np.abs(adversarial - pixels).max())
   return panel(pixels, adversarial, largest, title, Captions(
-      [[(names[label], INK) for label in labels], lines("clean", "main: ")], through))
+      [[(names[label], INK) for label in labels], lines(clean["said"][main], "main: ")], through))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,48 +22,56 @@ class Attacker:
 
   Attributes:
     attack: its settings, but for epsilon and step size, which are arguments of the compiled step.
-    model: the network that is attacked.
-    domain: through whose batch norms.
+    model: the network that is attacked, of one domain.
     restarts: attacks of each image, of which the strongest counts.
   """
 
   attack: Attack
   model: Network
-  domain: str
   restarts: int = 1
 
 
-def measure_step(model: Network, given: dict, batch: dict, *, domain: str,
-                 attacker: Attacker | None = None, axis_name: str | None = None) -> dict:
+def shown_step(attacker: Attacker | None, given: dict, batch: dict) -> jax.Array:
+  """What the network is shown of this device's part of a batch, (n, h, w, 3), in [-1, 1].
+
+  Args:
+    attacker: None for the images as they are. Its random draws depend on the index alone.
+    given: for an attacker {"variables": of its model; "strength": float32 (2,), its epsilon and
+      step size, 0-255 units}; else empty.
+    batch: as of `measure_step`, its images (n, h, w, 3) uint8.
+  """
+  images = to_model_units(batch["image"])
+  if attacker is None:
+    return images
+  keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.PRNGKey(0), batch["index"])
+  return adversarial_images(attacker, given["variables"], given["strength"], images,
+                            batch["label"], keys)
+
+
+def measure_step(model: Network, given: dict, batch: dict, axis_name: str | None = None) -> dict:
   """What the network says of each image of one batch, of all devices.
 
   Args:
-    model: the network.
-    given: {"variables": of the model; "classes": (logits,) bool, those that may be said;
-      "attacked": variables of the attacker's model; "strength": float32 (2,), its epsilon and step
-      size, 0-255 units}. The last two are read where there is an attacker.
-    batch: this device's part: {"image": (n, h, w, 3) uint8, "label": (n,), "mask": (n,), False for
-      padding, "index": (n,), the place of each image in the data set}.
-    domain: whose batch norms classify.
-    attacker: None for the images as they are. Its random draws depend on the index alone.
+    model: the network, of one domain.
+    given: {"variables": of the model; "classes": (logits,) bool, those that may be said}.
+    batch: this device's part: {"image": (n, h, w, 3), of `shown_step`; "label": (n,); "mask": (n,),
+      False for padding; "index": (n,), the place of each image in the data set}.
     axis_name: the pmapped axis.
 
   Returns:
-    Of the images of all devices, in order: {"index": (N,) int32, -1 for padding; "top1", "top5":
-    bool, whether the label is the likeliest class, or among the five; "loss": float32, nats,
-    without label smoothing; "confidence": float32, the probability of the likeliest class}.
+    Of the images of all devices, in order: {"index": (N,) int32, -1 for padding; "said": int32, the
+    likeliest class; "top1", "top5": bool, whether the label is that class, or among the five
+    likeliest; "loss": float32, nats, without label smoothing; "confidence": float32, the
+    probability of the likeliest class}.
   """
-  images, labels = to_model_units(batch["image"]), batch["label"]
-  if attacker is not None:
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.PRNGKey(0), batch["index"])
-    images = adversarial_images(attacker, given["attacked"], given["strength"], images, labels,
-                                keys)
-  logits = model.apply(given["variables"], images, domains=(domain,)).astype(jnp.float32)
+  labels = batch["label"]
+  logits = model.apply(given["variables"], batch["image"]).astype(jnp.float32)
   logits = jnp.where(given["classes"], logits, NEVER)
   _, likeliest = jax.lax.top_k(logits, min(TOP, logits.shape[-1]))
+  guess = jnp.argmax(logits, axis=-1)
   said = {
       "index": jnp.where(batch["mask"], batch["index"], -1),
-      "top1": jnp.argmax(logits, axis=-1) == labels,
+      "said": guess, "top1": guess == labels,
       "top5": jnp.any(likeliest == labels[:, None], axis=-1),
       "loss": cross_entropy(logits, labels),
       "confidence": jnp.max(jax.nn.softmax(logits), axis=-1)}
@@ -84,17 +92,17 @@ def adversarial_images(attacker: Attacker, variables: dict, strength: jax.Array,
     labels: (n,), the true ones.
     keys: (n, ...), a random key for each image.
   """
-  model, domain = attacker.model, attacker.domain
+  model = attacker.model
   attack = dataclasses.replace(attacker.attack, epsilon=strength[0], step_size=strength[1])
 
   def logits_of(images):
-    return model.apply(variables, images, domains=(domain,)).astype(jnp.float32)
+    return model.apply(variables, images).astype(jnp.float32)
 
   def attack_once(keys):
     if attack.name == APGD:
       return apgd(logits_of, labels, images, keys, epsilon=attack.epsilon,
                   num_steps=attack.num_steps, norm=attack.norm)
-    return attack_images(model, variables, domain, attack, images, labels, keys)
+    return attack_images(model, variables, model.domains[0], attack, images, labels, keys)
 
   def judge(images):
     logits = logits_of(images)

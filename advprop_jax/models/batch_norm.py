@@ -222,10 +222,24 @@ def drop_auxiliary(variables: dict) -> dict:
     The variables of the same model with one domain. Its logits are those of the main domain,
     bit for bit.
   """
-  params = traverse_util.flatten_dict(variables["params"])
-  main = {path: leaf for path, leaf in params.items()
-          if not path[-1].startswith(("scale_", "bias_"))}
-  return {"params": traverse_util.unflatten_dict(main), "batch_stats": variables["batch_stats"]}
+  return of_domain(variables, "")
+
+
+def of_domain(variables: dict, domain: str) -> dict:
+  """The variables of the ordinary network that has one domain's batch norms.
+
+  Args:
+    variables: of a model of any domains, {"params": ..., "batch_stats": ..., ...}.
+    domain: which one; where it has nothing of its own, as the main one, it is what all share.
+
+  Returns:
+    The variables of the same model with one domain. Its logits are those of `domain`, bit for bit.
+  """
+  flat = traverse_util.flatten_dict(variables)
+  main = {path: leaf for path, leaf in flat.items() if path == main_path(path)}
+  own = {main_path(path): leaf for path, leaf in flat.items()
+         if path[0] == "batch_stats_" + domain or path[-1] in ("scale_" + domain, "bias_" + domain)}
+  return traverse_util.unflatten_dict({**main, **own})
 
 
 def main_path(path: tuple[str, ...]) -> tuple[str, ...]:

@@ -9,8 +9,8 @@ import numpy as np
 AXIS = "replicas"
 
 
-def pmap(step: Callable, donate_state: bool = False,
-         devices: Sequence[jax.Device] | None = None) -> Callable:
+def pmap(step: Callable, donate_state: bool = False, devices: Sequence[jax.Device] | None = None,
+         of_batch: bool = False) -> Callable:
   """Runs a pure per-device function of (state, batch) on every device.
 
   State and results have no device axis: the state is replicated, and the results must be the same
@@ -20,9 +20,10 @@ def pmap(step: Callable, donate_state: bool = False,
     step: (state, batch) -> any pytree, with collectives over AXIS.
     donate_state: lets the result take the state's memory; the state given in is then gone.
     devices: None for all.
+    of_batch: the results are parts of a batch, and have its axis of devices.
   """
-  return jax.pmap(step, axis_name=AXIS, in_axes=(None, 0), out_axes=None, devices=devices,
-                  donate_argnums=(0,) if donate_state else ())
+  return jax.pmap(step, axis_name=AXIS, in_axes=(None, 0), out_axes=0 if of_batch else None,
+                  devices=devices, donate_argnums=(0,) if donate_state else ())
 
 
 def replicated(devices: Sequence[jax.Device] | None = None) -> jax.sharding.NamedSharding:
@@ -57,6 +58,13 @@ def shard(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray | jax.Array]:
   if jax.default_backend() != "cpu":
     return batch
   return jax.block_until_ready(jax.device_put(batch, _local(jax.local_devices(), AXIS)))
+
+
+def local(batch: jax.Array) -> np.ndarray:
+  """This process's part of what `pmap` gives `of_batch`, on the host: (n, ...)."""
+  shards = sorted(batch.addressable_shards, key=lambda shard: shard.index[0].start or 0)
+  parts = np.concatenate([np.asarray(shard.data) for shard in shards])
+  return parts.reshape(-1, *parts.shape[2:])
 
 
 def local_cores() -> int:

@@ -11,6 +11,7 @@ import pytest
 from advprop_jax.data.transforms import evaluation_transform
 from advprop_jax.evaluate import subject_of
 from advprop_jax.figures import sheet
+from advprop_jax.measure import Measurer
 from advprop_jax.method.step import attack_images, to_model_units
 from tests.test_evaluate import IMAGES, distinct_variables, small_experiment
 
@@ -84,7 +85,8 @@ def test_the_attack_goes_through_the_batch_norms_of_the_caption(monkeypatch, dom
   monkeypatch.setattr(sheet, "panel", keep)
   experiment = small_experiment()
   subject = dataclasses.replace(subject_of(experiment), auxiliary=domain)
-  sheet.adversarial_picture(subject, distinct_variables())
+  sheet.adversarial_picture(subject, distinct_variables(),
+                            Measurer(experiment.method.model, experiment.config))
   (clean, adversarial, epsilon, title, captions), = panels
   expected, labels, guesses = attacked_by_hand(attacked)
   assert f"through the {said} BN" in title

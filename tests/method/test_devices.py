@@ -12,7 +12,7 @@ from jax.flatten_util import ravel_pytree
 from advprop_jax.method.attack import Attack
 from advprop_jax.method.schemes import SCHEMES
 from advprop_jax.method.state import create_train_state
-from advprop_jax.method.measure import Attacker, measure_step
+from advprop_jax.method.measure import Attacker, measure_step, shown_step
 from advprop_jax.method.step import Method, train_step
 from advprop_jax.runtime import parallel
 from tests import one_block
@@ -35,13 +35,12 @@ def run(devices, group_size, rates, name="advprop", n=8):
   pmap = functools.partial(parallel.pmap, devices=jax.devices()[:devices])
   new_state, metrics = pmap(functools.partial(train_step, method))(state, sharded)
   shape = sharded["label"].shape
-  said = pmap(functools.partial(
-      measure_step, model, domain="clean", attacker=Attacker(Attack(num_steps=1), model, "clean"),
-      axis_name=parallel.AXIS))(
-      {"variables": new_state.variables, "attacked": new_state.variables,
-       "classes": np.ones(10, bool), "strength": np.array([4, 1], np.float32)},
-      {**sharded, "mask": np.ones(shape, bool),
-       "index": np.arange(n, dtype=np.int32).reshape(shape)})
+  sharded |= {"mask": np.ones(shape, bool), "index": np.arange(n, dtype=np.int32).reshape(shape)}
+  attacker = Attacker(Attack(num_steps=1), model)
+  shown = pmap(functools.partial(shown_step, attacker), of_batch=True)(
+      {"variables": new_state.variables, "strength": np.array([4, 1], np.float32)}, sharded)
+  said = pmap(functools.partial(measure_step, model, axis_name=parallel.AXIS))(
+      {"variables": new_state.variables, "classes": np.ones(10, bool)}, {**sharded, "image": shown})
   flat = lambda tree: np.asarray(ravel_pytree(jax.tree.map(np.asarray, tree))[0]).tolist()
   gradient = jax.tree.map(lambda a, b: (a - b) / 0.1, state.params, new_state.params)
   return {"gradient": flat(gradient), "stats": flat(new_state.batch_stats),

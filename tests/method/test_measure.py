@@ -8,7 +8,7 @@ import numpy as np
 
 from advprop_jax.method.attack import Attack
 from advprop_jax.method.loss import cross_entropy
-from advprop_jax.method.measure import Attacker, measure_step
+from advprop_jax.method.measure import Attacker, measure_step, shown_step
 from advprop_jax.method.step import to_model_units
 from tests import one_block
 from tests.small_run import random_variables
@@ -37,13 +37,14 @@ def measured(batch, classes=None, attack=None):
   model = one_block.create(domains=("clean",))
   given = {"variables": variables(),
            "classes": np.ones(10, bool) if classes is None else np.isin(np.arange(10), classes)}
-  attacker = None
+  attacker, of_attack = None, {}
   if attack is not None:
-    given |= {"attacked": variables(),
-              "strength": np.array([attack.epsilon, attack.step_size], np.float32)}
-    attacker = Attacker(attack, model, "clean")
-  step = jax.jit(functools.partial(measure_step, model, domain="clean", attacker=attacker))
-  return jax.device_get(step(given, batch))
+    of_attack = {"variables": variables(),
+                 "strength": np.array([attack.epsilon, attack.step_size], np.float32)}
+    attacker = Attacker(attack, model)
+  shown = jax.jit(functools.partial(shown_step, attacker))(of_attack, batch)
+  said = jax.jit(functools.partial(measure_step, model))(given, {**batch, "image": shown})
+  return jax.device_get(said)
 
 
 def test_what_is_said_of_each_image():
@@ -53,6 +54,7 @@ def test_what_is_said_of_each_image():
       variables(), to_model_units(batch["image"])))
   order = np.argsort(-logits, axis=-1)
   said = measured(batch)
+  np.testing.assert_array_equal(said["said"], order[:, 0])
   np.testing.assert_array_equal(said["top1"], order[:, 0] == batch["label"])
   np.testing.assert_array_equal(said["top5"], (order[:, :5] == batch["label"][:, None]).any(1))
   assert 0 < said["top5"].sum() < IMAGES

@@ -7,7 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from advprop_jax.models.batch_norm import BatchNorm, drop_auxiliary, statistics_collection
+from advprop_jax.models.batch_norm import (
+  BatchNorm,
+  drop_auxiliary,
+  of_domain,
+  statistics_collection,
+)
 from tests import one_block
 
 DOMAINS = ("clean", "adversarial")
@@ -182,3 +187,24 @@ def test_without_auxiliary_batch_norms_the_logits_are_bit_identical(network):
   assert jax.tree.structure(main) == jax.tree.structure(shapes)
   np.testing.assert_array_equal(jax.jit(model.apply)(variables, clean),
                                 jax.jit(deployed.apply)(main, clean))
+
+
+@pytest.mark.parametrize("shared", [{}, {"share_statistics": True}, {"share_affine": True}])
+def test_the_ordinary_network_of_each_domain(shared):
+  """Fails where it has the statistics or the affine map of another domain."""
+  bank, one = BatchNorm(domains=("clean", "aux", "aux_2"), **shared), BatchNorm(domains=("clean",))
+  x = jnp.asarray(np.random.default_rng(0).normal(size=(6, 2, 2, 3)), jnp.float32)
+  variables = bank.init(jax.random.key(0), x, bank.domains, train=True)
+  leaves, structure = jax.tree.flatten(variables)
+  rng = np.random.default_rng(1)
+  variables = jax.tree.unflatten(structure, [rng.uniform(0.5, 2, leaf.shape).astype(np.float32)
+                                             for leaf in leaves])
+  results = []
+  for domain in bank.domains:
+    ordinary = of_domain(variables, domain)
+    assert jax.tree.structure(ordinary) == jax.tree.structure(
+        one.init(jax.random.key(0), x, one.domains, train=True))
+    results.append(one.apply(ordinary, x, one.domains, train=False))
+    np.testing.assert_array_equal(results[-1], bank.apply(variables, x, (domain,), train=False))
+  assert not np.array_equal(results[0], results[1])
+  assert not np.array_equal(results[1], results[2])
