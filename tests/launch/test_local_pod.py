@@ -11,6 +11,7 @@ import time
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from advprop_jax.experiment import fresh_state
 from advprop_jax.runtime.parallel import hurried
@@ -48,8 +49,8 @@ def largest_difference(a, b):
 
 
 def test_two_processes_are_four_devices_are_one(pod, cache, tmp_path):
-  """Fails where shards overlap, gradients are summed over one process alone, or images of the test
-  are counted twice, or not at all: 103 of them in batches of 16.
+  """Fails where shards overlap, gradients are summed over one process alone, images of the test are
+  counted twice, or not at all (103 of them in batches of 16), or the picture shows others.
   """
   workdir, _ = pod
   run(local_pod(1, 4, tmp_path / "four", *LENGTH, SYNCED), cache)
@@ -63,6 +64,10 @@ def test_two_processes_are_four_devices_are_one(pod, cache, tmp_path):
     assert other.iterator == reference.iterator
     theirs = json.loads((tmp_path / name / "summary.json").read_text())["results"]["clean"]
     np.testing.assert_allclose(results["loss"], theirs["loss"], rtol=1e-5)
+    # An attack follows signs: a few pixels differ, and are amplified.
+    picture, of_other = (np.asarray(Image.open(of / "adversarial.png")).astype(int)
+                         for of in (workdir, tmp_path / name))
+    assert np.mean(np.abs(picture - of_other) > 2) < 0.01
   assert largest_difference(reference.state, fresh_like(reference.state)) > 1e-3
 
 
