@@ -237,6 +237,15 @@ def run_passes(benchmark: Benchmark, variables: Mapping[str, Any], measurer: Mea
   return measured
 
 
+def images_to_show(subject: Subject) -> int:
+  """How many test images there are, the same on all processes; without any there is no picture."""
+  number = 0
+  with contextlib.suppress(Unavailable):
+    number = len(subject.open_test())
+  agreement.require_same({"images to test": number})
+  return number
+
+
 def conclude(subject: Subject, variables: Mapping[str, Any], weights: Mapping[str, Any],
              workdir: str, measurer: Measurer, training: dict | None = None) -> dict:
   """Measures all that was asked for, and shows it.
@@ -274,7 +283,7 @@ def conclude(subject: Subject, variables: Mapping[str, Any], weights: Mapping[st
   if agreement.is_first():
     write_json(os.path.join(workdir, files[0]), summary)
     write_text(os.path.join(workdir, files[1]), results_csv(summary))
-  with contextlib.suppress(Unavailable):       # without test images there is no picture
+  if images_to_show(subject):
     drawn = adversarial_picture(subject, variables, measurer)
     if agreement.is_first():
       files.append(f"{picture}.png")

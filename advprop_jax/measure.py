@@ -175,7 +175,7 @@ class Measurer:
     few = dataclasses.replace(one.source, records=Picked(one.source.records, tuple(places)))
     batches = self.batches(dataclasses.replace(one, source=few))
     batch = next(_of_this_process(batches.starting_at(0)))
-    here, first = batch["mask"], batch["index"][0]
+    here = batch["mask"]
     # By their own places: an attack's draws are those of the pass.
     batch["index"][here] = np.asarray(places)[batch["index"][here]]
     sharded = parallel.shard(batch)
@@ -183,10 +183,11 @@ class Measurer:
     said = {}
     for domain in dict.fromkeys((self._model.domains[0], one.domain)):
       judged = self._given(variables, dataclasses.replace(one, domain=domain))["judged"]
-      said[domain] = jax.device_get(self._judge(judged, {**sharded, "image": shown})["said"])
+      of_all = jax.device_get(self._judge(judged, {**sharded, "image": shown}))
+      by_place = dict(zip(of_all["index"].tolist(), of_all["said"].tolist(), strict=True))
+      said[domain] = np.array([by_place[place] for place in batch["index"][here].tolist()], int)
     return {"image": batch["image"][here], "label": batch["label"][here],
-            "shown": parallel.local(shown)[here],
-            "said": {domain: labels[first:][:len(here)][here] for domain, labels in said.items()}}
+            "shown": parallel.local(shown)[here], "said": said}
 
   def _given(self, variables, one):
     """The first argument of each compiled step, on the devices."""

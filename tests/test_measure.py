@@ -20,6 +20,7 @@ from advprop_jax.errors import InputError
 from advprop_jax.evaluate import create_subject, evaluate, measure, subject_of
 from advprop_jax.figures import sheet
 from advprop_jax.measure import Answers, Measurer, calibration_error, row, rows_of_sets
+from advprop_jax.method.attack import PIXEL
 from advprop_jax.method.loss import cross_entropy
 from advprop_jax.method.measure import measure_step, shown_step
 from advprop_jax.method.step import attack_images, to_model_units
@@ -84,6 +85,21 @@ def test_one_compilation_for_all_sets_and_strengths(subject, monkeypatch):
   assert top1[0] == results["clean"]["top1"]
   assert loss == sorted(loss)
   assert loss[3] > 1.2 * loss[0]
+
+
+def test_images_that_are_looked_at(subject):
+  """Fails where one is not the image of its place, or what is said of it is said of another."""
+  places, variables = [IMAGES - 1, 3, 3, 20], distinct_variables()
+  one = contract.test_pass(subject, attack=subject.attack, domain="adversarial")
+  seen = measurer_of(subject).look(variables, one, places)
+  images, labels = (values[np.array(places)] for values in clean_images())
+  np.testing.assert_array_equal(to_model_units(seen["image"]), images)
+  np.testing.assert_array_equal(seen["label"], labels)
+  assert 0 < np.max(np.abs(seen["shown"] - images)) <= 1.0001 * PIXEL * subject.attack.epsilon
+  for domain, said in seen["said"].items():
+    logits = subject.model.apply(variables, seen["shown"], domains=(domain,))
+    np.testing.assert_array_equal(said, np.argmax(logits, -1))
+  assert list(seen["said"]) == ["clean", "adversarial"]
 
 
 class Only:
