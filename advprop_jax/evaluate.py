@@ -1,8 +1,8 @@
 """A network on every benchmark that was asked for: one table, as text, JSON and CSV."""
 
-import contextlib
 import dataclasses
 import functools
+import io
 import os
 import pathlib
 import shutil
@@ -26,7 +26,7 @@ from advprop_jax.experiment import (
   open_split,
   resolve,
 )
-from advprop_jax.figures.sheet import adversarial_picture
+from advprop_jax.figures.sheet import adversarial_picture, examples_of
 from advprop_jax.measure import Measurer, row, rows_of_sets
 from advprop_jax.method.schemes import Scheme
 from advprop_jax.models.network import Network
@@ -34,7 +34,7 @@ from advprop_jax.results import results_csv, results_table
 from advprop_jax.runtime import agreement
 from advprop_jax.runtime.faults import Preemption
 from advprop_jax.runtime.fields import names_in
-from advprop_jax.runtime.metrics import write_json, write_text
+from advprop_jax.runtime.metrics import write_bytes, write_json, write_text
 from advprop_jax.runtime.workdir import EVALUATED, make_workdir, require_shared
 
 PARTIAL = "evaluation_partial"         # folder of what was measured before an interruption
@@ -237,13 +237,25 @@ def run_passes(benchmark: Benchmark, variables: Mapping[str, Any], measurer: Mea
   return measured
 
 
-def images_to_show(subject: Subject) -> int:
-  """How many test images there are, the same on all processes; without any there is no picture."""
-  number = 0
-  with contextlib.suppress(Unavailable):
-    number = len(subject.open_test())
-  agreement.require_same({"images to test": number})
-  return number
+def draw(subject: Subject, variables: Mapping[str, Any], measurer: Measurer, path: pathlib.Path
+         ) -> bool:
+  """Writes the picture; where a process cannot read its images it says so, and there is none."""
+  images, reason = None, None
+  try:
+    images = examples_of(subject)
+  except InputError as error:
+    reason = str(error)
+  reason = agreement.first_of(reason)  # or one process would wait for another that has no images
+  if reason:
+    if agreement.is_first():
+      path.unlink(missing_ok=True)     # of an earlier evaluation
+      print(f"No picture of adversarial images: {reason}")
+    return False
+  content = io.BytesIO()
+  adversarial_picture(subject, variables, measurer, images).save(content, "png")
+  if agreement.is_first():
+    write_bytes(path, content.getvalue())
+  return True
 
 
 def conclude(subject: Subject, variables: Mapping[str, Any], weights: Mapping[str, Any],
@@ -283,13 +295,10 @@ def conclude(subject: Subject, variables: Mapping[str, Any], weights: Mapping[st
   if agreement.is_first():
     write_json(os.path.join(workdir, files[0]), summary)
     write_text(os.path.join(workdir, files[1]), results_csv(summary))
-  if images_to_show(subject):
-    drawn = adversarial_picture(subject, variables, measurer)
-    if agreement.is_first():
-      files.append(f"{picture}.png")
-      drawn.save(os.path.join(workdir, files[-1]))
-  if agreement.is_first():
     shutil.rmtree(partial, ignore_errors=True)
-    print("\n" + results_table(summary))
-    print(f"\n{', '.join(files[:-1])} and {files[-1]} are in {workdir}")
+    print("\n" + results_table(summary) + "\n", flush=True)
+  if draw(subject, variables, measurer, pathlib.Path(workdir, f"{picture}.png")):
+    files.append(f"{picture}.png")
+  if agreement.is_first():
+    print(f"{', '.join(files[:-1])} and {files[-1]} are in {workdir}")
   return summary

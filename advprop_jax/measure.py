@@ -16,7 +16,7 @@ import pickle
 import sys
 import time
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -26,7 +26,6 @@ from flax import traverse_util
 
 from advprop_jax.benchmarks.contract import Pass, Row
 from advprop_jax.data import loader
-from advprop_jax.data.sources import Records
 from advprop_jax.data.workers import Batch
 from advprop_jax.errors import InputError, LocalError
 from advprop_jax.method.measure import NEVER, Attacker, measure_step, shown_step
@@ -158,36 +157,36 @@ class Measurer:
         process_index=jax.process_index(), process_count=jax.process_count(),
         num_workers=workers, num_threads=data.num_threads)
 
-  def look(self, variables: Mapping[str, Any], one: Pass, places: Sequence[int]
+  def look(self, variables: Mapping[str, Any], one: Pass, images: Mapping[str, np.ndarray]
            ) -> dict[str, Any]:
-    """A few images of a pass, as the network sees them. Every process has to ask.
+    """What the network is shown of a few images of a pass, and says of them.
+
+    Every process of a pod has to ask, and sees all of them.
 
     Args:
       variables: of the model.
       one: the pass.
-      places: of the images in its source.
+      images: {"image": uint8 (n, size, size, 3), "label": int32 (n,), "index": int32 (n,), their
+        places in the pass's source, on which an attack's draws depend}.
 
     Returns:
-      Of those that this process has of the batch, which for the first one are the first: {"image":
-      uint8 (n, size, size, 3), "label": (n,), "shown": float32 (n, size, size, 3) in [-1, 1],
-      "said": {domain: (n,), the likeliest class, by the main one and the pass's own}}.
+      {"shown": float32 (n, size, size, 3) in [-1, 1], "said": {domain: (n,), the likeliest class}},
+      by the main domain and the pass's own.
     """
-    few = dataclasses.replace(one.source, records=Picked(one.source.records, tuple(places)))
-    batches = self.batches(dataclasses.replace(one, source=few))
-    batch = next(_of_this_process(batches.starting_at(0)))
-    here = batch["mask"]
-    # By their own places: an attack's draws are those of the pass.
-    batch["index"][here] = np.asarray(places)[batch["index"][here]]
-    sharded = parallel.shard(batch)
-    shown = self._show(one)(self._given(variables, one)["shown"], sharded)
+    number, devices = len(images["label"]), jax.local_device_count()
+    size = self._config.eval.batch_size // jax.process_count()
+    if self._attacker(one) not in self._shows or size < number:
+      size = -(-number // devices) * devices     # no more memory than that where none was needed
+    batch = parallel.shard({"mask": np.ones(size, bool), **{
+        name: np.resize(value, (size, *value.shape[1:])) for name, value in images.items()}})
+    shown = self._show(one)(self._given(variables, one)["shown"], batch)
     said = {}
     for domain in dict.fromkeys((self._model.domains[0], one.domain)):
       judged = self._given(variables, dataclasses.replace(one, domain=domain))["judged"]
-      of_all = jax.device_get(self._judge(judged, {**sharded, "image": shown}))
-      by_place = dict(zip(of_all["index"].tolist(), of_all["said"].tolist(), strict=True))
-      said[domain] = np.array([by_place[place] for place in batch["index"][here].tolist()], int)
-    return {"image": batch["image"][here], "label": batch["label"][here],
-            "shown": parallel.local(shown)[here], "said": said}
+      answer = jax.device_get(self._judge(judged, {**batch, "image": shown}))
+      by_place = dict(zip(answer["index"].tolist(), answer["said"].tolist(), strict=True))
+      said[domain] = np.array([by_place[place] for place in images["index"].tolist()])
+    return {"shown": parallel.local(shown)[:number], "said": said}
 
   def _given(self, variables, one):
     """The first argument of each compiled step, on the devices."""
@@ -203,30 +202,19 @@ class Measurer:
           "strength": np.array([one.attack.epsilon, one.attack.step_size], np.float32)}
     return jax.device_put(given, parallel.replicated())
 
+  def _attacker(self, one: Pass) -> Attacker | None:
+    """Who makes what is shown: the same for all sets and strengths of a kind."""
+    if one.attack is None:
+      return None
+    attack = dataclasses.replace(one.attack, epsilon=0.0, step_size=0.0)     # are arguments
+    return Attacker(attack, one.surrogate.model if one.surrogate else self._ordinary, one.restarts)
+
   def _show(self, one: Pass) -> Callable:
-    """The compiled step that makes what is shown: one for all sets and strengths of a kind."""
-    attacker = None
-    if one.attack is not None:
-      attack = dataclasses.replace(one.attack, epsilon=0.0, step_size=0.0)   # are arguments
-      attacker = Attacker(attack, one.surrogate.model if one.surrogate else self._ordinary,
-                          one.restarts)
+    """The compiled step that makes what is shown."""
+    attacker = self._attacker(one)
     if attacker not in self._shows:
       self._shows[attacker] = parallel.pmap(functools.partial(shown_step, attacker), of_batch=True)
     return self._shows[attacker]
-
-
-@dataclasses.dataclass(frozen=True)
-class Picked:
-  """Some of the records, those at `places`."""
-
-  records: Records
-  places: tuple[int, ...]
-
-  def __len__(self) -> int:
-    return len(self.places)
-
-  def __getitem__(self, index: int) -> dict[str, Any]:
-    return self.records[self.places[index]]
 
 
 def _of_this_process(batches: Iterator[Batch]) -> Iterator[Batch]:

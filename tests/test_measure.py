@@ -17,13 +17,14 @@ from advprop_jax import trained
 from advprop_jax.benchmarks import adversarial, contract, mce
 from advprop_jax.benchmarks.corruptions import corrupt
 from advprop_jax.errors import InputError
-from advprop_jax.evaluate import create_subject, evaluate, measure, subject_of
+from advprop_jax.evaluate import create_subject, draw, evaluate, measure, subject_of
 from advprop_jax.figures import sheet
 from advprop_jax.measure import Answers, Measurer, calibration_error, row, rows_of_sets
 from advprop_jax.method.attack import PIXEL
 from advprop_jax.method.loss import cross_entropy
 from advprop_jax.method.measure import measure_step, shown_step
 from advprop_jax.method.step import attack_images, to_model_units
+from advprop_jax.runtime import agreement
 from tests.conftest import ROOT
 from tests.small_run import make_config
 from tests.test_evaluate import IMAGES, distinct_variables, small_experiment
@@ -73,7 +74,7 @@ def test_one_compilation_for_all_sets_and_strengths(subject, monkeypatch):
   few = dataclasses.replace(contract.test_pass(subject), classes=(0, 1))
   answers = measurer.answers(distinct_variables(), dataclasses.replace(
       few, source=dataclasses.replace(few.source, records=Only(few.source, (0, 1)))))
-  sheet.adversarial_picture(subject, distinct_variables(), measurer)
+  sheet.adversarial_picture(subject, distinct_variables(), measurer, sheet.examples_of(subject))
   # Images as they are, and attacked, through whichever batch norms; and the network.
   assert sorted(traced) == ["measure_step", "shown_step", "shown_step"]
   assert adversarial.AUXILIARY in results
@@ -87,19 +88,48 @@ def test_one_compilation_for_all_sets_and_strengths(subject, monkeypatch):
   assert loss[3] > 1.2 * loss[0]
 
 
-def test_images_that_are_looked_at(subject):
-  """Fails where one is not the image of its place, or what is said of it is said of another."""
-  places, variables = [IMAGES - 1, 3, 3, 20], distinct_variables()
+@pytest.mark.parametrize("after_the_pass", [False, True])
+def test_images_that_are_looked_at(subject, monkeypatch, after_the_pass):
+  """Fails where what is said of one is said of another, or a few need the memory of a batch."""
+  sizes = []
+  monkeypatch.setattr(measuring.parallel, "shard", lambda batch, shard=measuring.parallel.shard: (
+      sizes.append(len(batch["label"])), shard(batch))[1])
+  places, variables, measurer = [IMAGES - 1, 3, 3, 20], distinct_variables(), measurer_of(subject)
   one = contract.test_pass(subject, attack=subject.attack, domain="adversarial")
-  seen = measurer_of(subject).look(variables, one, places)
-  images, labels = (values[np.array(places)] for values in clean_images())
-  np.testing.assert_array_equal(to_model_units(seen["image"]), images)
-  np.testing.assert_array_equal(seen["label"], labels)
+  if after_the_pass:
+    measurer.answers(variables, one)
+  images, labels = (np.asarray(values)[places] for values in clean_images())
+  seen = measurer.look(variables, one, {
+      "image": np.round((images + 1) * 127.5).astype(np.uint8), "label": labels.astype(np.int32),
+      "index": np.array(places, np.int32)})
+  assert sizes[-1] == (subject.config.eval.batch_size if after_the_pass else len(places))
   assert 0 < np.max(np.abs(seen["shown"] - images)) <= 1.0001 * PIXEL * subject.attack.epsilon
   for domain, said in seen["said"].items():
     logits = subject.model.apply(variables, seen["shown"], domains=(domain,))
     np.testing.assert_array_equal(said, np.argmax(logits, -1))
   assert list(seen["said"]) == ["clean", "adversarial"]
+
+
+def test_where_a_process_has_no_images_none_draws(subject, tmp_path, monkeypatch, capsys):
+  """Fails where one process would wait for another in the picture's steps, or an old one stays."""
+  file, arguments = tmp_path / "evaluation.png", (distinct_variables(), measurer_of(subject))
+  assert draw(subject, *arguments, file)
+  assert file.read_bytes().startswith(b"\x89PNG")
+  with monkeypatch.context() as patch:
+    patch.setattr(agreement, "first_of", lambda reason: reason or "process 1 has no 'val'")
+    patch.setattr(Measurer, "look", None)
+    assert not draw(subject, *arguments, file)
+  assert not file.exists()
+
+  def broken():
+    raise InputError("test image 3 is broken")
+
+  assert not draw(dataclasses.replace(subject, open_test=broken), *arguments, file)
+  assert capsys.readouterr().out.splitlines() == [
+      "No picture of adversarial images: process 1 has no 'val'",
+      "No picture of adversarial images: test image 3 is broken"]
+  with pytest.raises(InputError, match=r"gone/evaluation\.png"):
+    draw(subject, *arguments, tmp_path / "gone/evaluation.png")
 
 
 class Only:

@@ -9,7 +9,6 @@ from advprop_jax.benchmarks.contract import Subject, test_pass
 from advprop_jax.data import imagenet
 from advprop_jax.measure import Measurer
 from advprop_jax.method.attack import PIXEL
-from advprop_jax.runtime import agreement
 
 RIGHT, WRONG, INK, GREY = "#0072b2", "#d55e00", "#111111", "#555555"  # blue, vermilion: Okabe-Ito
 CELL, GAP, MARGIN = 128, 12, 16
@@ -17,28 +16,38 @@ TEXT = 13
 LETTERS = 16                           # of a line to the left of a row, at most
 
 
+def examples_of(subject: Subject, columns: int = 8) -> dict[str, np.ndarray]:
+  """So many test images, spread over all, as `Measurer.look` takes them.
+
+  Raises:
+    InputError: there are none, or one cannot be read.
+  """
+  source = subject.open_test()
+  places = np.linspace(0, len(source) - 1, columns).astype(np.int32)
+  records = [source[place] for place in places.tolist()]
+  return {"image": np.stack([subject.transform(record["image"]) for record in records]),
+          "label": np.array([record["label"] for record in records], np.int32), "index": places}
+
+
 def adversarial_picture(subject: Subject, variables: dict, measurer: Measurer,
-                        columns: int = 8) -> Image.Image | None:
+                        images: dict[str, np.ndarray]) -> Image.Image:
   """Clean test images, what an attack adds to them, and the adversarial images.
 
   The attack is that of the evaluation, through the auxiliary batch norms if there are any. Every
-  process of a pod has to ask for it, and the first one gets it.
+  process of a pod has to ask for it.
 
   Args:
     subject: the network, and its test images.
     variables: of its model.
     measurer: of its model; what it has compiled serves again.
-    columns: number of images, spread over the test set.
+    images: of `examples_of`.
   """
   attack, source = subject.attack, subject.open_test()
   main, domain = subject.main, subject.auxiliary or subject.main
-  places = np.linspace(0, len(source) - 1, columns).astype(int).tolist()
-  clean = measurer.look(variables, test_pass(subject), places)
+  clean = measurer.look(variables, test_pass(subject), images)
   attacked = measurer.look(variables, test_pass(subject, attack=attack, domain=domain,
-                                                restarts=subject.config.eval.restarts), places)
-  if not agreement.is_first():
-    return None
-  pixels, labels = clean["image"], clean["label"]
+                                                restarts=subject.config.eval.restarts), images)
+  pixels, labels = images["image"], images["label"]
   names = [imagenet.words(name) for name in source.class_names]
 
   def lines(said, before):

@@ -86,7 +86,8 @@ def test_the_attack_goes_through_the_batch_norms_of_the_caption(monkeypatch, dom
   experiment = small_experiment()
   subject = dataclasses.replace(subject_of(experiment), auxiliary=domain)
   sheet.adversarial_picture(subject, distinct_variables(),
-                            Measurer(experiment.method.model, experiment.config))
+                            Measurer(experiment.method.model, experiment.config),
+                            sheet.examples_of(subject))
   (clean, adversarial, epsilon, title, captions), = panels
   expected, labels, guesses = attacked_by_hand(attacked)
   assert f"through the {said} BN" in title
