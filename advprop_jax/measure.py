@@ -179,11 +179,11 @@ class Measurer:
       size = -(-number // devices) * devices     # no more memory than that where none was needed
     batch = parallel.shard({"mask": np.ones(size, bool), **{
         name: np.resize(value, (size, *value.shape[1:])) for name, value in images.items()}})
-    shown = self._show(one)(self._given(variables, one)["shown"], batch)
-    said = {}
-    for domain in dict.fromkeys((self._model.domains[0], one.domain)):
-      judged = self._given(variables, dataclasses.replace(one, domain=domain))["judged"]
-      answer = jax.device_get(self._judge(judged, {**batch, "image": shown}))
+    given = {domain: self._given(variables, dataclasses.replace(one, domain=domain))
+             for domain in (self._model.domains[0], one.domain)}
+    shown, said = self._show(one)(given[one.domain]["shown"], batch), {}
+    for domain in given:
+      answer = jax.device_get(self._judge(given[domain]["judged"], {**batch, "image": shown}))
       by_place = dict(zip(answer["index"].tolist(), answer["said"].tolist(), strict=True))
       said[domain] = np.array([by_place[place] for place in images["index"].tolist()])
     return {"shown": parallel.local(shown)[:number], "said": said}
