@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
+from advprop_jax.models.channels import channel_sums, once
 from advprop_jax.models.precision import wide
 
 
@@ -165,10 +166,10 @@ def _normalise_forward(parts, scale, bias, epsilon, pooled):
 def _normalise_backward(epsilon, pooled, kept, gradients):
   del epsilon
   parts, scale, mean, deviations = kept  # the last: how many standard deviations one unit is
-  gradient, x, axes = gradients[0], wide(parts), tuple(range(1, parts.ndim - 1))
+  gradient, x = once(gradients[0]), wide(parts)
   # Of (parts - mean), without making it: XLA would do so in the forward pass, and keep it.
-  of_bias = jnp.sum(gradient, axes)
-  of_scale = deviations * (jnp.sum(gradient * x, axes) - mean * of_bias)
+  of_bias = channel_sums(gradient)
+  of_scale = deviations * (channel_sums(gradient * x) - mean * of_bias)
   shift, slope = deviations * pooled(
       scale * jnp.stack([of_bias, of_scale * deviations]) / parts[0, ..., 0].size)
   multiplier, shift, slope = (_per_part(value, parts) for value in (
@@ -190,9 +191,10 @@ def _pooled(shared, axis_name, group_size, means):
 
 def _statistics(parts, pooled):
   """Mean and variance, (domains, channels) each."""
-  parts, axes = wide(parts), tuple(range(1, parts.ndim - 1))
+  parts = wide(parts)
   # One mean of both, and so one collective where replicas are normalised as one.
-  mean, mean_of_squares = pooled(jnp.stack([jnp.mean(parts, axes), jnp.mean(parts * parts, axes)]))
+  sums = jnp.stack([channel_sums(parts), channel_sums(parts * parts)])
+  mean, mean_of_squares = pooled(sums / parts[0, ..., 0].size)
   return mean, jnp.maximum(mean_of_squares - jnp.square(mean), 0.0)
 
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from advprop_jax.models.activation import swish
 from advprop_jax.models.batch_norm import BatchNorm
+from advprop_jax.models.channels import scale_channels
 from advprop_jax.models.convolution import Convolution, Depthwise, Pointwise
 from advprop_jax.models.dropout import Dropout
 from advprop_jax.models.network import Network
@@ -164,7 +165,7 @@ class SqueezeExcite(nn.Module):
     dense = functools.partial(Pointwise, use_bias=True, dtype=self.dtype)
     pooled = jnp.mean(x, (1, 2), keepdims=True)
     squeezed = self.activation(dense(self.squeezed, name="reduce")(pooled))
-    return x * nn.sigmoid(dense(x.shape[-1], name="expand")(squeezed))
+    return scale_channels(x, nn.sigmoid(dense(x.shape[-1], name="expand")(squeezed)))
 
 
 class Block(nn.Module):

@@ -13,6 +13,7 @@ import pytest
 from advprop_jax.models import convolution, dense, depthwise
 from advprop_jax.models.activation import swish
 from advprop_jax.models.batch_norm import BatchNorm, affine_map, normalise
+from advprop_jax.models.channels import channel_sums, once, scale_channels
 
 TOLERANCE = 1e-10
 
@@ -94,6 +95,30 @@ def test_normalise_over_replicas_that_share_statistics():
 def test_swish():
   x, = arrays((7, 1001))
   require_equal(swish, jax.nn.silu, 8 * x)
+
+
+# Pixels of each sum: 1 and 11, which are not added up by neighbours; 66, by 6; 32, by 8; 49, by 7.
+@pytest.mark.parametrize("shape", [(3, 1, 1, 5), (2, 11, 1, 5), (1, 3, 11, 2, 5), (2, 1, 8, 4, 5),
+                                   (3, 7, 7, 5)])
+def test_channel_sums(shape):
+  x, = arrays(shape)
+  require_equal(channel_sums, lambda x: x.sum(tuple(range(1, x.ndim - 1))), x)
+
+
+def test_scale_channels():
+  x, scale = arrays((3, 6, 7, 5), (3, 1, 1, 5))
+  require_equal(scale_channels, lambda x, scale: x * scale, x, scale)
+
+
+@pytest.mark.parametrize("function", [channel_sums, once])
+def test_other_platforms_fuse_as_they_like(function):
+  """Fault: a barrier in a program for a TPU, which would write and read what it fuses."""
+  def barrier(platform):
+    text = jax.jit(function).trace(jnp.ones((2, 8, 8, 5))).lower(lowering_platforms=(platform,))
+    return "optimization_barrier" in text.as_text()
+
+  assert {platform: barrier(platform) for platform in ("cpu", "tpu", "cuda")} == {
+      "cpu": True, "tpu": False, "cuda": False}
 
 
 # (images, height, width, channels), kernel, stride. The last three are cut into bands of rows.
