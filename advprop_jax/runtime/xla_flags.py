@@ -8,9 +8,10 @@ import jax
 
 # Measured one by one: tests/benchmarks/README.md.
 _FLAGS = {
-    # `jax.checkpoint` (model.remat) needs optimization barriers. By default XLA drops them on the
-    # CPU, finds that a block and its second computation are the same, and keeps what was to be
-    # computed again. A program without barriers is the same either way.
+    # By default XLA drops optimization barriers on the CPU. `jax.checkpoint` (model.remat) needs
+    # them, or XLA finds that a block and its second computation are the same, and keeps what was to
+    # be computed again; so do forms of the CPU that are faster where something is computed once
+    # (models/channels.py, dense.py, depthwise.py).
     "xla_disable_hlo_passes": "cse_barrier_expander",
     # Matrix products that are fused with nothing go to the faster library too.
     "xla_cpu_experimental_ynn_fusion_type": "+LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT",

@@ -110,14 +110,32 @@ def test_scale_channels():
   require_equal(scale_channels, lambda x, scale: x * scale, x, scale)
 
 
-@pytest.mark.parametrize("function", [channel_sums, once])
-def test_other_platforms_fuse_as_they_like(function):
-  """Fault: a barrier in a program for a TPU, which would write and read what it fuses."""
-  def barrier(platform):
-    text = jax.jit(function).trace(jnp.ones((2, 8, 8, 5))).lower(lowering_platforms=(platform,))
-    return "optimization_barrier" in text.as_text()
+def test_scale_channels_sums_bfloat16_in_float32():
+  """Fault: a partial sum in bfloat16, in which 256 + 1 is 256."""
+  x, scale = jnp.ones((1, 64, 64, 3), jnp.bfloat16), jnp.ones((1, 1, 1, 3), jnp.bfloat16)
+  of_scale = jax.jit(lambda *inputs: jax.vjp(scale_channels, *inputs)[1](x)[1])(x, scale)
+  assert of_scale.dtype == jnp.bfloat16
+  np.testing.assert_array_equal(of_scale.astype(jnp.float32), 4096)
 
-  assert {platform: barrier(platform) for platform in ("cpu", "tpu", "cuda")} == {
+
+def gradient_of_scale(x):
+  return jax.grad(lambda scale: jnp.sum(scale_channels(x, scale)))(x[:, :1, :1])
+
+
+def gradient_of_image(x):
+  return jax.grad(lambda x: jnp.sum(dense.dense(x, jnp.ones((3, 3, 3, 4), x.dtype), 2)))(x)
+
+
+@pytest.mark.parametrize(("function", "fence"), [
+    (channel_sums, "dot_general"), (gradient_of_scale, "dot_general"),
+    (once, "optimization_barrier"), (gradient_of_image, "optimization_barrier")])
+def test_other_platforms_fuse_as_they_like(function, fence):
+  """Fault: a program for a TPU that has to write and read what it would fuse."""
+  def fenced(platform):
+    lowered = jax.jit(function).trace(jnp.ones((2, 8, 8, 3))).lower(lowering_platforms=(platform,))
+    return fence in lowered.as_text()
+
+  assert {platform: fenced(platform) for platform in ("cpu", "tpu", "cuda")} == {
       "cpu": True, "tpu": False, "cuda": False}
 
 
