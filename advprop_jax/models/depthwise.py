@@ -22,9 +22,12 @@ from advprop_jax.models.windows import (
 )
 
 # On the CPU: how many pieces of images are added up elementwise for the weight gradient, and from
-# how many values on one image is as many pieces.
+# how many values on one image is as many pieces; up to how many numbers a kernel stays in a core's
+# first cache, and how many channels at most make a block of one that does not.
 _PIECES = 16
-LARGE = 50_000
+_LARGE = 50_000
+_SMALL_KERNEL = 8192
+_BLOCK = 48
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -76,14 +79,13 @@ def depthwise_shifted(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array
   """`depthwise` as a sum over the kernel's taps, in float32: the form for the CPU."""
   size = len(kernel)
   height, width = result_size(x.shape, stride)
-  taps = wide(kernel)
 
-  def convolve(images):
+  def convolve(images, taps):
     images = _padded(images, size, stride)
     return sum(window(images, i, j, height, width, stride) * taps[i, j, 0]
                for i in range(size) for j in range(size))
 
-  return apart(convolve, x, kernel).astype(x.dtype)
+  return _by_channels(convolve, x, wide(kernel), kernel).astype(x.dtype)
 
 
 @functools.partial(jax.jit, static_argnames=("stride", "shape"))
@@ -93,27 +95,55 @@ def _shifted_input_gradient(gradient, kernel, stride, shape):
   taps, margins = phases_of(wide(kernel), stride, padding)
   height, width = result_size(shape, stride)
 
-  def convolve(gradient):
+  def convolve(gradient, taps):
     gradient = jnp.pad(wide(gradient), ((0, 0), *margins, (0, 0)))
     phases = sum(window(gradient, i, j, height, width, 1)[:, :, None, :, None]
                  * taps[i, j, :, None, :, 0]
                  for i in range(len(taps)) for j in range(taps.shape[1]))
     return from_phases(phases, shape)
 
-  return apart(convolve, gradient, kernel)
+  return _by_channels(convolve, gradient, taps, kernel)
+
+
+def _by_channels(convolve, x, taps, kernel):
+  """convolve(x, taps), computed once and kept; of a large kernel a few channels at a time.
+
+  What is read again at each pixel is the kernel. One that the first cache does not hold makes the
+  sum 2 to 4 times as long; two copies, of which one is that of the padding, cost less.
+  """
+  channels = taps.shape[-1]
+  block = block_of(taps.size // channels, channels)
+  if block == channels:
+    return apart(lambda x: convolve(x, taps), x, kernel)
+
+  def split(x):
+    return jnp.moveaxis(x.reshape(*x.shape[:-1], -1, block), -2, 0)
+
+  def whole(x):
+    blocks = apart(lambda x: jax.vmap(convolve)(split(x), split(taps)), x, kernel)
+    return jnp.moveaxis(blocks, 0, -2).reshape(*blocks.shape[1:-1], channels)
+
+  return apart(whole, x, kernel)         # or what reads the result would be the one to join blocks
+
+
+def block_of(taps: int, channels: int) -> int:
+  """How many channels of a kernel of so many taps per channel are taken at a time."""
+  if taps * channels <= _SMALL_KERNEL:
+    return channels
+  return max((n for n in range(16, _BLOCK + 1, 8) if channels % n == 0), default=channels)
 
 
 @functools.partial(jax.jit, static_argnames=("stride", "shape"))
 def _shifted_kernel_gradient(gradient, x, stride, shape):
   """Per tap: the channels' inner products of the gradient and the shifted image.
 
-  A few images at a time, or one large one, so that all taps find them in the cache. XLA's reduction
-  of a 4-d window is slow on the CPU: pieces of equal size are added up elementwise, and a matrix
-  product does the rest.
+  A few images at a time, so that all taps find them in the cache. XLA's reduction of a 4-d window
+  is slow on the CPU: pieces of equal size are added up elementwise, and a matrix product does the
+  rest.
   """
   size, (height, width) = shape[0], result_size(x.shape, stride)
-  large, bands = height * width * shape[3] > LARGE, bands_of(height, width, shape[3])
-  rows, images = height // bands, 1 if large else _PIECES
+  images, bands = pieces_of(height, width, shape[3])
+  images, rows = min(images, len(x)), height // bands
 
   def tap(x, gradient, i, j):
     products = sum(
@@ -123,34 +153,31 @@ def _shifted_kernel_gradient(gradient, x, stride, shape):
         for band in range(bands)).reshape(-1, shape[3])
     return (jnp.ones((1, len(products)), products.dtype) @ products)[0]
 
-  def add(total, group):
-    if large:  # or XLA takes the image out of the batch again in two of the taps: 10 times as long
-      group = jax.lax.optimization_barrier([of_group[None] for of_group in group])
-    # Image by image, (1, h, w, c) each.
-    x = jnp.split(_padded(group[0], size, stride), images)
-    gradient = jnp.split(wide(group[1]), images)
-    return total + jnp.stack([tap(x, gradient, i, j)
-                              for i in range(size) for j in range(size)]), None
+  def add(total, first):
+    group, of_group = (jax.lax.dynamic_slice_in_dim(batch, first, images) for batch in batches)
+    # Without the barrier XLA takes the images out of the batch again in two of the taps: 10 times
+    # as long.
+    pieces = jax.lax.optimization_barrier((_padded(group, size, stride), wide(of_group)))
+    pieces = [jnp.split(part, images) for part in pieces]      # image by image, (1, h, w, c) each
+    return total + jnp.stack([tap(*pieces, i, j) for i in range(size) for j in range(size)]), None
 
+  batches = _filled(x, images), _filled(gradient, images)
   zeros = jnp.zeros((size * size, shape[3]), jnp.promote_types(x.dtype, jnp.float32))
-  groups = (x, gradient) if large else (_groups(x, images), _groups(gradient, images))
-  total, _ = jax.lax.scan(add, zeros, groups)
+  total, _ = jax.lax.scan(add, zeros, jnp.arange(0, len(batches[0]), images))
   return total.reshape(shape)
 
 
-def bands_of(height: int, width: int, channels: int) -> int:
-  """How many bands of rows a result of this size is cut into for the weight gradient."""
-  if height * width * channels <= LARGE:
-    return 1
-  return max(n for n in range(1, _PIECES + 1) if height % n == 0)
+def pieces_of(height: int, width: int, channels: int) -> tuple[int, int]:
+  """For weight gradients of results of this size: images at a time, and bands of rows of each."""
+  if height * width * channels <= _LARGE:
+    return _PIECES, 1
+  return 2, max(n for n in range(1, _PIECES // 2 + 1) if height % n == 0)
 
 
-def _groups(x, images):
-  """(n, ...) -> (groups, images of a group, ...), filled up with zeros."""
+def _filled(x, images):
+  """The batch, filled up with zeros to a multiple of so many images."""
   missing = -len(x) % images
-  if missing:
-    x = jnp.pad(x, ((0, missing), *[(0, 0)] * (x.ndim - 1)))
-  return x.reshape(-1, images, *x.shape[1:])
+  return jnp.pad(x, ((0, missing), *[(0, 0)] * (x.ndim - 1))) if missing else x
 
 
 def _padded(x, size, stride):

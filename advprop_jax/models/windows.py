@@ -52,9 +52,9 @@ def phases_of(kernel: jax.Array, stride: int, padding: Sequence[tuple[int, int]]
 
 
 def from_phases(phases: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-  """(n, rows, phases, columns, phases, c) -> images of this shape, (n, h, w, c)."""
+  """(n, rows, phases, columns, phases, c) -> (n, h, w, c), height and width being shape[1:3]."""
   rows, stride, columns = phases.shape[1:4]
-  image = phases.reshape(-1, rows * stride, columns * stride, shape[3])
+  image = phases.reshape(-1, rows * stride, columns * stride, phases.shape[-1])
   return image[:, :shape[1], :shape[2]]
 
 

@@ -139,10 +139,12 @@ def test_other_platforms_fuse_as_they_like(function, fence):
       "cpu": True, "tpu": False, "cuda": False}
 
 
-# (images, height, width, channels), kernel, stride. The last three are cut into bands of rows.
+# (images, height, width, channels), kernel, stride. Three are cut into bands of rows, then two into
+# blocks of channels; the last is of as large a kernel, but of channels that no block divides.
 DEPTHWISE = [((3, 8, 7, 4), 3, 2), ((17, 6, 5, 4), 5, 1), ((9, 7, 9, 4), 5, 2),
              ((2, 5, 8, 3), 1, 3), ((2, 32, 28, 64), 3, 1), ((3, 21, 25, 130), 5, 1),
-             ((2, 47, 44, 128), 5, 2)]
+             ((2, 47, 44, 128), 5, 2), ((2, 5, 4, 480), 5, 1), ((2, 7, 5, 352), 5, 2),
+             ((1, 4, 3, 331), 5, 1)]
 
 
 @pytest.mark.parametrize(("shape", "size", "stride"), DEPTHWISE)
@@ -152,11 +154,13 @@ def test_depthwise(shape, size, stride):
                 functools.partial(depthwise.depthwise_native, stride=stride), x, kernel)
 
 
-def test_bands_of_rows_are_what_the_last_shapes_are_cut_into():
+def test_pieces_and_blocks_are_what_these_shapes_are_cut_into():
   """Or the test above would not reach them."""
-  bands = [depthwise.bands_of(-(-height // stride), -(-width // stride), channels)
-           for (_, height, width, channels), _, stride in DEPTHWISE]
-  assert bands == [1, 1, 1, 1, 16, 7, 12]
+  pieces = [depthwise.pieces_of(-(-height // stride), -(-width // stride), channels)
+            for (_, height, width, channels), _, stride in DEPTHWISE]
+  assert pieces == [*[(16, 1)] * 4, (2, 8), (2, 7), (2, 8), *[(16, 1)] * 3]
+  blocks = [depthwise.block_of(size * size, shape[-1]) for shape, size, _ in DEPTHWISE]
+  assert blocks == [4, 4, 4, 3, 64, 130, 128, 48, 32, 331]
 
 
 def test_pointwise():
