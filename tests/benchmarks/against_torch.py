@@ -1,11 +1,12 @@
-"""AdvProp's train step here against a PyTorch one, step by step in turn; asserts nothing.
+"""AdvProp's train step here against a PyTorch one, a few steps each in turn; asserts nothing.
 
   python -m tests.benchmarks.against_torch --torch=PYTHON --peer=../shared/peer/torch_advprop.py \
       --network=efficientnet_b0 --size=128 --batch=16 --cases=vanilla,pgd1,pgd5 --pairs=7
 
 PYTHON is an interpreter with torch and timm. The peer is timed in both memory layouts, and the
 faster one is compared. Float32, 1000 classes, no dropout, RMSProp, the same number of threads.
-Prints one JSON line per case: medians of seconds, and the median of the pairs' ratios.
+Prints one JSON line per case: medians of seconds of a step, and the median of the pairs' ratios.
+The first step of a turn is not counted: after a pause it takes longer than in a training.
 """
 
 import json
@@ -21,8 +22,9 @@ from tests.benchmarks import step as ours
 
 _TORCH = flags.DEFINE_string("torch", "python", "an interpreter with torch and timm")
 _PEER = flags.DEFINE_string("peer", "../shared/peer/torch_advprop.py", "the PyTorch script")
-_PAUSE = 0.5   # seconds before a step: threads of the other side may spin on for a while
-_PAIRS = flags.DEFINE_integer("pairs", 7, "steps of each side")
+_PAUSE = 0.5   # seconds before a turn: threads of the other side may spin on for a while
+_PAIRS = flags.DEFINE_integer("pairs", 7, "turns of each side")
+_STEPS = flags.DEFINE_integer("steps", 3, "steps of a turn that are counted")
 
 
 class Peer:
@@ -41,7 +43,6 @@ class Peer:
 
   def step(self) -> float:
     """Seconds of one step."""
-    time.sleep(_PAUSE)
     self._process.stdin.write("\n")
     return float(self._process.stdout.readline())
 
@@ -50,22 +51,29 @@ class Peer:
     self._process.wait()
 
 
+def turn(step) -> float:
+  """Seconds of a step, the mean of a few in a row behind one that is not counted."""
+  time.sleep(_PAUSE)
+  step()
+  return statistics.mean(step() for _ in range(_STEPS.value))
+
+
 def compare(case: str) -> dict:
-  """Steps in turn: ours, PyTorch's, PyTorch's channels last."""
+  """Turns: ours, PyTorch's, PyTorch's channels last."""
   run, compiled = ours.create(case)
+
+  def step():
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
   sides = {"plain": Peer(case), "channels_last": Peer(case, "--channels-last")}
   seconds = {"ours": [], **{name: [] for name in sides}}
   try:
-    for peer in sides.values():
-      peer.step()
-    run()
     for _ in range(_PAIRS.value):
-      time.sleep(_PAUSE)
-      start = time.perf_counter()
-      run()
-      seconds["ours"].append(time.perf_counter() - start)
+      seconds["ours"].append(turn(step))
       for name, peer in sides.items():
-        seconds[name].append(peer.step())
+        seconds[name].append(turn(peer.step))
   finally:
     for peer in sides.values():
       peer.close()
