@@ -22,8 +22,8 @@ from advprop_jax.models.windows import (
 )
 
 # On the CPU: how many pieces of images are added up elementwise for the weight gradient, and from
-# how many values on one image is as many pieces; up to how many numbers a kernel stays in a core's
-# first cache, and how many channels at most make a block of one that does not.
+# how many values on an image two make as many pieces; up to how many numbers a kernel stays in a
+# core's first cache, and how many channels at most make a block of one that does not.
 _PIECES = 16
 _LARGE = 50_000
 _SMALL_KERNEL = 8192
