@@ -156,9 +156,9 @@ def test_depthwise(shape, size, stride):
 
 def test_pieces_and_blocks_are_what_these_shapes_are_cut_into():
   """Or the test above would not reach them."""
-  pieces = [depthwise.pieces_of(-(-height // stride), -(-width // stride), channels)
-            for (_, height, width, channels), _, stride in DEPTHWISE]
-  assert pieces == [*[(16, 1)] * 4, (2, 8), (2, 7), (2, 8), *[(16, 1)] * 3]
+  pieces = [depthwise.pieces_of(batch, -(-height // stride), -(-width // stride), channels)
+            for (batch, height, width, channels), _, stride in DEPTHWISE]
+  assert pieces == [(3, 1), (16, 1), (9, 1), (2, 1), (2, 8), (1, 7), (2, 8), (2, 1), (2, 1), (1, 1)]
   blocks = [depthwise.block_of(size * size, shape[-1]) for shape, size, _ in DEPTHWISE]
   assert blocks == [4, 4, 4, 3, 64, 130, 128, 48, 32, 331]
 
