@@ -22,8 +22,8 @@ from advprop_jax.models.windows import (
 )
 
 # On the CPU: how many pieces of images at most are added up elementwise for the weight gradient,
-# and from how many values on an image counts as large; up to how many numbers a kernel stays in a core's
-# first cache, and how many channels at most make a block of one that does not.
+# and from how many values on an image counts as large; up to how many numbers a kernel stays in a
+# core's first cache, and how many channels at most make a block of one that does not.
 _PIECES = 16
 _LARGE = 50_000
 _SMALL_KERNEL = 8192
