@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import os
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +23,8 @@ from advprop_jax.method.schemes import Scheme
 from advprop_jax.method.state import TrainState, create_train_state
 from advprop_jax.method.step import Method
 from advprop_jax.models import weights
-from advprop_jax.runtime import parallel
-from advprop_jax.runtime.compilation import kept_program
+from advprop_jax.runtime import agreement, parallel
+from advprop_jax.runtime.compilation import Program
 from advprop_jax.runtime.config import (
   create_network,
   create_scheme,
@@ -185,18 +186,30 @@ class Origin:
     return self.network.source + unnamed
 
 
-def initial_state(experiment: Experiment) -> tuple[TrainState, Origin]:
+def initial_state(experiment: Experiment,
+                  meanwhile: Callable[[TrainState], None] | None = None
+                  ) -> tuple[TrainState, Origin]:
   """The state that training starts from, and where its weights are from.
+
+  Args:
+    experiment: for its network, optimizer and seed.
+    meanwhile: called, but in a pod, while the fresh state is compiled, with the shapes of the state
+      as it will be when it is `parallel.replicated`.
 
   Raises:
     InputError: config.model.pretrained cannot be read, or is of another network.
   """
   config = experiment.config
-  state = kept_program(parallel.hurried(functools.partial(fresh_state, experiment)),
-                       "fresh_state", experiment.made_of)()
-  if config.model.pretrained is None:
+  network = None
+  if config.model.pretrained is not None:
+    network = trained.read(config.model.pretrained, config.model.name)
+  fresh = Program(parallel.hurried(functools.partial(fresh_state, experiment)), "fresh_state",
+                  experiment.made_of)
+  if meanwhile and agreement.alone():
+    meanwhile(parallel.replicated_shapes(fresh.start()))
+  state = fresh()
+  if network is None:
     return state, Origin(None, False)
-  network = trained.read(config.model.pretrained, config.model.name)
   same_names = network.class_names in (None, experiment.train_source.class_names)
   variables, kept = weights.fitted(network.variables, jax.device_get(state.variables), same_names)
   variables = jax.tree.map(jnp.asarray, variables)

@@ -21,7 +21,7 @@ from advprop_jax.method.step import train_step
 from advprop_jax.models.batch_norm import drop_auxiliary
 from advprop_jax.runtime import agreement, parallel
 from advprop_jax.runtime.checkpoint import Checkpoints
-from advprop_jax.runtime.compilation import kept_program
+from advprop_jax.runtime.compilation import Program
 from advprop_jax.runtime.faults import RESUME, NotFinite, Preempted, Preemption, warned_of
 from advprop_jax.runtime.metrics import MetricsWriter, Progress, read_json, table, write_json
 from advprop_jax.runtime.workdir import (
@@ -61,12 +61,20 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
         os.path.join(workdir, "checkpoints"), experiment.config.checkpoint.keep, BEST_METRIC))
     batches = open_batches(experiment)
     stack.callback(batches.close)
-    state, skips, weights = start_or_resume(experiment, checkpoints, batches, workdir)
+    step = Program(
+        parallel.pmap(functools.partial(train_step, experiment.method), donate_state=True),
+        "train_step", experiment.made_of)
+
+    def start_step(state):
+      if experiment.total_steps:
+        step.start(state, parallel.shard(batches.example()))
+
+    state, skips, weights = start_or_resume(experiment, checkpoints, batches, workdir, start_step)
     start = int(state.step)
     if agreement.is_first():
       print(describe(experiment, state, weights, workdir), flush=True)
     state, speed = fit_past_faults(
-        experiment, state, batches, checkpoints, preemption, workdir, skips,
+        experiment, step, state, batches, checkpoints, preemption, workdir, skips,
         lambda variables: row(clean, measurer.answers(variables, clean)))
     checkpoints.wait()
     preemption.at_once()
@@ -87,9 +95,9 @@ def weights_of(experiment: Experiment) -> dict[str, str | int]:
           "weights": which}
 
 
-def fit_past_faults(experiment: Experiment, state: TrainState, batches, checkpoints: Checkpoints,
-                    preemption: Preemption, workdir: str, skips: int, evaluate_clean: Callable
-                    ) -> tuple[TrainState, float | None]:
+def fit_past_faults(experiment: Experiment, step_fn: Callable, state: TrainState, batches,
+                    checkpoints: Checkpoints, preemption: Preemption, workdir: str, skips: int,
+                    evaluate_clean: Callable) -> tuple[TrainState, float | None]:
   """`fit`; a loss that is not finite sends it back, as often as config.train.max_skips says.
 
   It then goes on from the newest checkpoint with the batch that follows the one of that loss. Where
@@ -97,7 +105,7 @@ def fit_past_faults(experiment: Experiment, state: TrainState, batches, checkpoi
   is gone back to.
 
   Args:
-    experiment, state, batches, checkpoints, preemption, evaluate_clean: as of `fit`.
+    experiment, step_fn, state, batches, checkpoints, preemption, evaluate_clean: as of `fit`.
     workdir: for the metrics.
     skips: how many times the run was sent back before.
 
@@ -111,8 +119,8 @@ def fit_past_faults(experiment: Experiment, state: TrainState, batches, checkpoi
           Progress(experiment.total_steps, start, experiment.config.data.batch_size,
                    shows=first) as progress):
       try:
-        state = fit(experiment, state, batches, checkpoints, preemption, writer, progress, skips,
-                    evaluate_clean)
+        state = fit(experiment, step_fn, state, batches, checkpoints, preemption, writer, progress,
+                    skips, evaluate_clean)
         return state, progress.images_per_second()
       except NotFinite as error:
         if skips >= most:
@@ -129,13 +137,13 @@ def fit_past_faults(experiment: Experiment, state: TrainState, batches, checkpoi
                       f"batches since ({skips} of at most {most} times)")
 
 
-def fit(experiment: Experiment, state: TrainState, batches, checkpoints: Checkpoints,
-        preemption: Preemption, writer: MetricsWriter, progress: Progress, skips: int,
-        evaluate_clean: Callable) -> TrainState:
+def fit(experiment: Experiment, step_fn: Callable, state: TrainState, batches,
+        checkpoints: Checkpoints, preemption: Preemption, writer: MetricsWriter, progress: Progress,
+        skips: int, evaluate_clean: Callable) -> TrainState:
   """Runs the steps from the state's to the last one.
 
   The metrics of a step are read while the next one runs, so that the device never waits for the
-  host.
+  host. `step_fn` is the train step, (state, batch) -> (state, metrics), with its devices.
 
   Returns:
     The state after the last step, which the newest checkpoint holds too.
@@ -146,9 +154,6 @@ def fit(experiment: Experiment, state: TrainState, batches, checkpoints: Checkpo
   """
   config, total = experiment.config, experiment.total_steps
   eval_every, save_every = experiment.every("eval"), experiment.every("checkpoint")
-  step_fn = kept_program(
-      parallel.pmap(functools.partial(train_step, experiment.method), donate_state=True),
-      "train_step", experiment.made_of)
   tolerant = functools.partial(warned_of, config.checkpoint.on_failure == "continue", progress.note)
   before = batches.get_state()["batches"] - int(state.step)   # not 0 where batches were left out
 
@@ -207,10 +212,12 @@ def fit(experiment: Experiment, state: TrainState, batches, checkpoints: Checkpo
 
 
 def start_or_resume(experiment: Experiment, checkpoints: Checkpoints,
-                    batches: loader.TrainingBatches, workdir: str) -> tuple[TrainState, int, str]:
+                    batches: loader.TrainingBatches, workdir: str,
+                    meanwhile: Callable[[TrainState], None] | None = None
+                    ) -> tuple[TrainState, int, str]:
   """State of the newest whole checkpoint, or the initial one; skips so far; origin of the weights.
 
-  The batches are put to where that state was.
+  The batches are put to where that state was. `meanwhile` is as of `initial_state`.
   """
   restored = None
   if agreement.from_first(checkpoints.steps()):   # to trace a state for its shapes takes a second
@@ -218,7 +225,7 @@ def start_or_resume(experiment: Experiment, checkpoints: Checkpoints,
         jax.eval_shape(functools.partial(fresh_state, experiment)))
   if restored is None:
     batches.set_state({"batches": 0})
-    state, weights = initial_state(experiment)
+    state, weights = initial_state(experiment, meanwhile)
     return jax.device_put(state, parallel.replicated()), 0, str(weights)
   refuse_other_config(experiment.config, restored.config, workdir, ignored=(*LATER, *RESTARTED))
   batches.set_state(restored.iterator)

@@ -56,6 +56,14 @@ def test_bad_input_leaves_no_workdir(tmp_path):
   assert not (tmp_path / "run").exists()
 
 
+def test_a_training_loads_no_figures():
+  """Fails where each start waits for matplotlib, which the report alone needs."""
+  done = subprocess.run(
+      [sys.executable, "-c", "import sys; from advprop_jax import main, train; "
+       "print('matplotlib' in sys.modules)"], cwd=ROOT, text=True, capture_output=True, check=True)
+  assert done.stdout == "False\n"
+
+
 def test_help():
   done = command("--help")
   assert "--workdir" in done.stdout + done.stderr

@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 
 from advprop_jax import evaluate, train
+from advprop_jax import experiment as experiments
 from advprop_jax.benchmarks import adversarial
 from advprop_jax.benchmarks.clean import CLEAN
 from advprop_jax.errors import InputError
 from advprop_jax.experiment import create_experiment, fresh_state
+from advprop_jax.runtime import compilation
 from advprop_jax.runtime.checkpoint import Checkpoints
 from advprop_jax.runtime.config import default_config
 from tests import one_block, pods
@@ -226,6 +228,27 @@ def test_a_config_that_is_not_whole(tmp_path, text):
   for verb in (train.train, evaluate.evaluate):
     with pytest.raises(InputError, match=r"config.json is not whole"):
       verb(make_config(), str(tmp_path))
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_the_step_is_traced_while_the_fresh_state_is_compiled(steps, tmp_path, monkeypatch):
+  """Fails where one waits for the other, or where a step is compiled that is never made."""
+  events = []
+
+  class Noted(compilation.Program):
+    def start(self, *args):
+      events.append(f"start {self._name}")
+      return super().start(*args)
+
+    def __call__(self, *args):
+      events.append(f"call {self._name}")
+      return super().__call__(*args)
+
+  for module in (train, experiments):
+    monkeypatch.setattr(module, "Program", Noted)
+  train.train(make_config(train__steps=steps), str(tmp_path))
+  assert events == ["start fresh_state", *["start train_step"] * steps,
+                    "call fresh_state", *["call train_step"] * steps]
 
 
 def test_less_than_one_step_is_not_trained():

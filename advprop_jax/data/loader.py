@@ -37,6 +37,10 @@ class TrainingBatches(Iterator[Batch]):
     self._taken += 1
     return batch
 
+  def example(self) -> Batch:
+    """A batch of the shapes and types that all have; none is taken."""
+    return self._blocks.example()
+
   def get_state(self) -> dict[str, int]:
     """{"batches": how many were taken}: JSON, and good for any number of processes and workers."""
     return {"batches": self._taken}

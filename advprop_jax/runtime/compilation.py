@@ -1,13 +1,14 @@
 """Compiled programs that outlive the process: a second start does not compile again.
 
 JAX's own cache finds a program by what tracing gives, and to trace a train step takes longer than
-to load it. `kept_program` looks twice, as ccache does for C: first by all that a trace is made
+to load it. `Program` looks twice, as ccache does for C: first by all that a trace is made
 from, which is what its caller names, the settings of JAX and XLA, and every file of code that was
 loaded when the program was made; and if that is not found, by what tracing gives.
 """
 
 import contextlib
 import functools
+import gc
 import hashlib
 import json
 import math
@@ -16,12 +17,15 @@ import pathlib
 import pickle
 import platform
 import sys
+import threading
 import time
 from collections.abc import Callable
+from concurrent import futures
 from importlib import metadata
 from typing import Any
 
 import jax
+from jax._src.config import persistent_cache_min_compile_time_secs  # of one thread: not public
 from jax.experimental import serialize_executable
 
 from advprop_jax.errors import InputError
@@ -40,7 +44,7 @@ _folders: list[pathlib.Path] = []      # of kept programs; none before `keep_com
 
 
 def keep_compiled() -> pathlib.Path | None:
-  """Lets JAX, and `kept_program`, keep compiled programs in the user's cache folder.
+  """Lets JAX, and `Program`, keep compiled programs in the user's cache folder.
 
   JAX' own settings win: JAX_COMPILATION_CACHE_DIR for another folder, of JAX's cache alone,
   JAX_ENABLE_COMPILATION_CACHE=false for none, JAX_COMPILATION_CACHE_MAX_SIZE in bytes. Call it
@@ -69,44 +73,85 @@ def keep_compiled() -> pathlib.Path | None:
   return folder
 
 
-def kept_program(function: Callable, name: str, made_of: dict[str, Any]) -> Callable:
-  """The function, with the program that an earlier start has compiled of the same things.
+class Program:
+  """A function of arguments of the same shapes, compiled once, and kept for the next start.
 
-  Otherwise it is compiled at its first call, and kept for the next start. In a pod, and where
-  `keep_compiled` keeps nothing, the function comes back as it is.
-
-  Args:
-    function: of `jax.jit` or `jax.pmap`; called with arguments of the same shapes each time.
-    name: of its files; functions of one name are compiled with the same options (see _FORMAT).
-    made_of: what JSON knows; all that the function is made of besides code.
+  It is compiled when it is first called, or, where `start` was called before, on another thread
+  meanwhile. What `keep_compiled` says is kept; in a pod it is JAX that keeps it.
   """
-  if not _folders or not agreement.alone():
-    return function
-  folder, program = _folders[0], None
 
-  def call(*args):
-    nonlocal program
-    if program is None:
-      program = _found(function, args, folder / name, made_of)
-    return program(*args)
+  def __init__(self, function: Callable, name: str, made_of: dict[str, Any]):
+    """Compiles nothing yet.
 
-  return call
+    Args:
+      function: of `jax.jit` or `jax.pmap`; called with arguments of the same shapes each time.
+      name: of its files; functions of one name are compiled with the same options (see _FORMAT).
+      made_of: what JSON knows; all that the function is made of besides code.
+    """
+    self._function, self._name, self._made_of = function, name, made_of
+    self._program: futures.Future | None = None
+
+  def __call__(self, *args):
+    if not agreement.alone():
+      return self._function(*args)
+    if self._program is None:
+      self.start(*args)
+    return self._program.result()(*args)
+
+  def start(self, *args) -> Any:
+    """Finds it, or traces it now and compiles it on another thread. Not for processes of a pod.
+
+    Args:
+      args: as a call has them, or `jax.ShapeDtypeStruct`s with the same shardings.
+
+    Returns:
+      The shapes of what a call gives.
+    """
+    if not _folders:
+      lowered = self._traced(args)
+      self._program = _beside(lowered.compile)
+      return lowered.out_info
+    settings, shapes = _settings(), _shapes(args)
+    sources = self._file("json", [settings, self._made_of, shapes, _packages()])
+    found = _read(_named_by(sources))
+    if found is not None:
+      self._program = futures.Future()
+      self._program.set_result(found)
+      return found.out_info
+    lowered = self._traced(args)
+    file = self._file("program", [settings, shapes, lowered.as_text()])
+    self._program = _beside(lambda: _kept(lowered, file, sources))
+    return lowered.out_info
+
+  def _traced(self, args: tuple) -> Any:
+    """As `jax.jit` lowers it. Python does not look for garbage meanwhile: a fifth of the time."""
+    looks = gc.isenabled()
+    gc.disable()
+    try:
+      return self._function.lower(*args)
+    finally:
+      if looks:
+        gc.enable()
+
+  def _file(self, kind: str, facts: Any) -> pathlib.Path:
+    return _folders[0] / f"{self._name}-{_hash(facts)}.{kind}"
 
 
-def _found(function: Callable, args: tuple, path: pathlib.Path, made_of: dict) -> Callable:
-  """The program of a function for such arguments; what is missing of its files is written."""
-  settings, shapes = _settings(), _shapes(args)
-  facts = [settings, made_of, shapes, _packages()]
-  sources = path.with_name(f"{path.name}-{_hash(facts)}.json")
-  program = _read(_named_by(sources))
-  if program is None:
-    lowered = function.lower(*args)
-    file = path.with_name(f"{path.name}-{_hash([settings, shapes, lowered.as_text()])}.program")
-    program = _read(file) or _compiled(lowered, file)
-    code = _code()
-    if _is_in_files(code):
-      _write(sources, json.dumps({"code": code, "program": file.name}).encode())
-    _forget_oldest(path.parent)
+def _beside(work: Callable[[], Any]) -> futures.Future:
+  """What the work gives, which a thread of its own does."""
+  thread = futures.ThreadPoolExecutor(1, "compiles")
+  future = thread.submit(work)
+  thread.shutdown(wait=False)
+  return future
+
+
+def _kept(lowered: Any, file: pathlib.Path, sources: pathlib.Path) -> Callable:
+  """The program of what was traced; what is missing of its files is written."""
+  program = _read(file) or _compiled(lowered, file)
+  code = _code()
+  if _is_in_files(code):
+    _write(sources, json.dumps({"code": code, "program": file.name}).encode())
+  _forget_oldest(file.parent)
   return program
 
 
@@ -141,14 +186,17 @@ def _compiled(lowered: Any, file: pathlib.Path) -> Callable:
   JAX must not keep it too: a program for the CPU that it has loaded is not whole when it is
   written.
   """
-  events, seconds = [], jax.config.jax_persistent_cache_min_compile_time_secs
-  note = lambda event, **_: events.append(event)   # noqa: E731  to be unregistered
+  events, here = [], threading.get_ident()
+
+  def note(event, **_):
+    if threading.get_ident() == here:
+      events.append(event)
+
   jax.monitoring.register_event_listener(note)
-  jax.config.update("jax_persistent_cache_min_compile_time_secs", math.inf)
   try:
-    program = lowered.compile()
+    with persistent_cache_min_compile_time_secs(math.inf):   # on this thread alone
+      program = lowered.compile()
   finally:
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", seconds)
     jax.monitoring.unregister_event_listener(note)
   if _FOUND in events:                 # kept by JAX before
     return program

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -34,6 +35,13 @@ def replicated(devices: Sequence[jax.Device] | None = None) -> jax.sharding.Name
   for the first step and for all others.
   """
   return _local(devices or jax.local_devices())
+
+
+def replicated_shapes(shapes: Any) -> Any:
+  """The shapes of arrays, where `jax.device_put(arrays, replicated())` has put them."""
+  place = replicated()
+  return jax.tree.map(
+      lambda one: jax.ShapeDtypeStruct(one.shape, one.dtype, sharding=place), shapes)
 
 
 def hurried(create: Callable) -> Callable:

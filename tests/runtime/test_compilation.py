@@ -1,13 +1,19 @@
 """Compiled programs are kept for the next start, unless someone says otherwise."""
 
+import gc
+import math
 import os
 import subprocess
 import sys
+import threading
 import time
+import types
+from concurrent import futures
 
 import jax
 import numpy as np
 import pytest
+from jax._src.config import persistent_cache_min_compile_time_secs
 
 from advprop_jax.runtime import compilation
 from tests import pods
@@ -86,7 +92,10 @@ state = jax.device_put({{"w": np.ones({width}, np.float32)}}, parallel.replicate
 batch = {{{key!r}: np.arange(8, dtype=np.float32).reshape(4, 2)}}
 jax.block_until_ready(state)
 calls["compiled"] = 0
-step = compilation.kept_program(parallel.pmap(step, donate_state=True), "step", {made_of})
+step = compilation.Program(parallel.pmap(step, donate_state=True), "step", {made_of})
+if {start}:
+  given = step.start(parallel.replicated_shapes(state), batch)
+  assert calls["traced"] <= 1 and given["w"].shape == ({width},), given
 new = step(step(state, batch), batch)
 assert state["w"].is_deleted()
 print(calls["traced"], calls["compiled"], float(new["w"].sum()))
@@ -94,11 +103,12 @@ print(calls["traced"], calls["compiled"], float(new["w"].sum()))
 MADE = "def changed(state, mean): return {{'w': state['w'] * {factor} + mean}}  # {note}\n"
 
 
-def kept(folder, factor=2, note="", made_of=None, width=3, settled=-60, more="json", key="x"):
+def kept(folder, factor=2, note="", made_of=None, width=3, settled=-60, more="json", key="x",
+         start=False):
   """Times traced, times compiled, result of a start whose code is that."""
   (folder / "made.py").write_text(MADE.format(factor=factor, note=note))
   program = KEPT.format(folder=str(folder), made_of=made_of or {"seed": 0}, width=width,
-                        settled=settled, more=more, key=key)
+                        settled=settled, more=more, key=key, start=start)
   line, = printed(program, folder, XLA_FLAGS="--xla_force_host_platform_device_count=4")
   traced, compiled, result = line.split()
   return int(traced), int(compiled), float(result)
@@ -119,6 +129,88 @@ def test_a_program_is_found_without_tracing(tmp_path):
   assert kept(tmp_path, made_of={"seed": 1}, factor=3) == (1, 0, 3 * (3 * 6.5 + 3.5))
   assert kept(tmp_path, width=2) == (1, 1, 2 * 14.5)
   assert kept(tmp_path, key="y") == NEW                    # it would not take the argument
+
+
+def test_a_program_that_was_started_with_shapes_is_the_one_of_the_call(tmp_path):
+  """Fails where `start` makes a call trace again, or looks for another program than a call."""
+  assert kept(tmp_path, start=True) == NEW
+  assert kept(tmp_path) == FOUND
+  assert kept(tmp_path, start=True) == FOUND
+  assert len(list(tmp_path.glob(".cache/advprop_jax/programs-*/*"))) == 2
+
+
+class Lowered:
+  """What lowering gives, of which a test says how it compiles."""
+
+  out_info = "its shapes"
+
+  def __init__(self, compile_it):
+    self.compile = compile_it
+
+
+def a_program(compile_it, lower=None):
+  return compilation.Program(
+      types.SimpleNamespace(lower=lower or (lambda *args: Lowered(compile_it))), "name", {})
+
+
+def test_start_does_not_wait(monkeypatch):
+  """Fails where what follows `start` waits for the compiler, or a call does not."""
+  monkeypatch.setattr(compilation, "_folders", [])
+  may_end, ended = threading.Event(), []
+
+  def compile_it():
+    assert may_end.wait(60)
+    ended.append(True)
+    return lambda x: x + 1
+
+  program = a_program(compile_it)
+  assert program.start(1) == "its shapes"
+  assert not ended
+  threading.Timer(0.1, may_end.set).start()
+  assert program(1) == 2
+  assert ended
+
+
+def test_a_compiler_that_fails_is_heard_of(monkeypatch):
+  """Fails where a call hangs, or goes on without a program."""
+  monkeypatch.setattr(compilation, "_folders", [])
+
+  def fails():
+    raise RuntimeError("no such instruction")
+
+  program = a_program(fails)
+  program.start()
+  with pytest.raises(RuntimeError, match="no such instruction"):
+    program()
+
+
+def test_garbage_is_looked_for_again_after_a_trace_that_fails(monkeypatch):
+  """Fails where a memory that only grows is what a failed trace leaves."""
+  monkeypatch.setattr(compilation, "_folders", [])
+  looked = []
+
+  def lower():
+    looked.append(gc.isenabled())
+    raise ValueError("shapes")
+
+  with pytest.raises(ValueError, match="shapes"):
+    a_program(None, lower).start()
+  assert (looked, gc.isenabled()) == ([False], True)
+
+
+def test_only_what_is_kept_here_is_not_kept_by_jax(tmp_path, monkeypatch):
+  """Fails where JAX keeps nothing of other threads while a program is compiled, or afterwards."""
+  setting = persistent_cache_min_compile_time_secs
+  before, seen = setting.get_global(), []
+  monkeypatch.setattr(compilation, "_write", lambda *args: None)
+
+  def compile_it():
+    with futures.ThreadPoolExecutor(1) as other:
+      seen.extend([setting.value, other.submit(lambda: setting.value).result()])
+
+  compilation._compiled(Lowered(compile_it), tmp_path / "file")
+  assert seen == [math.inf, before]
+  assert setting.value == before
 
 
 def test_code_that_nobody_knew_is_not_trusted(tmp_path):
