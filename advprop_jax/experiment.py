@@ -193,8 +193,8 @@ def initial_state(experiment: Experiment,
 
   Args:
     experiment: for its network, optimizer and seed.
-    meanwhile: called, but in a pod, while the fresh state is compiled, with the shapes of the state
-      as it will be when it is `parallel.replicated`.
+    meanwhile: called, but in a pod, before the fresh state is there, while it is compiled where it
+      has to be; with the state's shapes as they will be when it is `parallel.replicated`.
 
   Raises:
     InputError: config.model.pretrained cannot be read, or is of another network.

@@ -1,6 +1,7 @@
 """The command line: what a user can get wrong ends in one sentence and exit code 2."""
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -54,6 +55,35 @@ def test_bad_input(flags, says, tmp_path):
 def test_bad_input_leaves_no_workdir(tmp_path):
   command(QUICKSTART, f"--workdir={tmp_path / 'run'}", "--config.attack.epsilon=-1")
   assert not (tmp_path / "run").exists()
+
+
+# A training that ends while a program is compiled, for a minute.
+COMPILING = """
+import sys, time
+from advprop_jax import main, train
+from advprop_jax.errors import InputError
+from advprop_jax.runtime import compilation
+def ends(config, workdir):
+  compilation._beside(lambda: time.sleep(60))
+  print("before", end="")
+  raise {error}
+train.train = ends
+sys.argv = ["main", "--config=configs/quickstart.py", "--workdir=DIR"]
+main.run()
+"""
+
+
+@pytest.mark.parametrize(("error", "code", "says"), [
+    ("InputError('the sentence')", 2, "Error: the sentence"),
+    ("ValueError('a fault')", 1, "ValueError: a fault"),
+    ("KeyboardInterrupt", -signal.SIGINT, "KeyboardInterrupt")])
+def test_what_ends_a_start_does_not_wait_for_the_compiler(error, code, says):
+  """Fails where the prompt comes back when the compiler has done, or a second Ctrl-C aborts."""
+  done = subprocess.run([sys.executable, "-c", COMPILING.format(error=error)], cwd=ROOT, text=True,
+                        capture_output=True, check=False, timeout=50)
+  assert (done.returncode, done.stdout) == (code, "before")
+  assert done.stderr.strip().splitlines()[-1] == says
+  assert ("Traceback" in done.stderr) == (code != 2)
 
 
 def test_a_training_loads_no_figures():

@@ -36,11 +36,21 @@ from advprop_jax.runtime.metrics import write_bytes
 MAX_BYTES = 2**30                      # of JAX's cache, and of ours; what was used longest ago goes
 MIN_SECONDS = 0.5                      # of compiling; shorter ones are not worth a file
 _SETTLED = 10.0                        # seconds that code is old when this module is loaded
-_FORMAT = 1            # of files; to be raised where a function's compiler options change
+_FORMAT = 2            # of files; to be raised where a function's compiler options change, too
 _SETTINGS = ("JAX_", "XLA_", "LIBTPU_", "TPU_", "CUDA_", "TF_", "FLAX_")   # of the environment
 _FOUND = "/jax/compilation_cache/cache_hits"
 _START = time.time()
 _folders: list[pathlib.Path] = []      # of kept programs; none before `keep_compiled`
+_compiling: list[futures.Future] = []
+_heard = threading.local()             # .found: whether JAX's cache had what this thread compiled
+
+
+def _hear(event: str, **_) -> None:
+  if event == _FOUND:
+    _heard.found = True
+
+
+jax.monitoring.register_event_listener(_hear)
 
 
 def keep_compiled() -> pathlib.Path | None:
@@ -76,8 +86,8 @@ def keep_compiled() -> pathlib.Path | None:
 class Program:
   """A function of arguments of the same shapes, compiled once, and kept for the next start.
 
-  It is compiled when it is first called, or, where `start` was called before, on another thread
-  meanwhile. What `keep_compiled` says is kept; in a pod it is JAX that keeps it.
+  It is compiled on another thread, from `start` or else the first call on. It is kept where
+  `keep_compiled` says so; in a pod JAX compiles and keeps it.
   """
 
   def __init__(self, function: Callable, name: str, made_of: dict[str, Any]):
@@ -142,7 +152,15 @@ def _beside(work: Callable[[], Any]) -> futures.Future:
   thread = futures.ThreadPoolExecutor(1, "compiles")
   future = thread.submit(work)
   thread.shutdown(wait=False)
+  _compiling[:] = [*filter(lambda other: not other.done(), _compiling), future]
   return future
+
+
+def is_compiling() -> bool:
+  """Whether a thread compiles. Python would wait for it before it ends, and dies where it is told
+  not to: `os._exit` is the way out.
+  """
+  return not all(future.done() for future in _compiling)
 
 
 def _kept(lowered: Any, file: pathlib.Path, sources: pathlib.Path) -> Callable:
@@ -172,7 +190,10 @@ def _read(file: pathlib.Path | None) -> Callable | None:
   if file is None or not file.exists():
     return None
   try:
-    program = serialize_executable.deserialize_and_load(*pickle.loads(file.read_bytes()))
+    devices, parts = pickle.loads(file.read_bytes())
+    here = {device.id: device for device in jax.local_devices()}
+    program = serialize_executable.deserialize_and_load(
+        *parts, execution_devices=[here[number] for number in devices])   # not of all, by default
     os.utime(file)                     # used last
   except Exception:                    # of whatever type: what cannot be loaded is compiled
     return None
@@ -186,22 +207,14 @@ def _compiled(lowered: Any, file: pathlib.Path) -> Callable:
   JAX must not keep it too: a program for the CPU that it has loaded is not whole when it is
   written.
   """
-  events, here = [], threading.get_ident()
-
-  def note(event, **_):
-    if threading.get_ident() == here:
-      events.append(event)
-
-  jax.monitoring.register_event_listener(note)
-  try:
-    with persistent_cache_min_compile_time_secs(math.inf):   # on this thread alone
-      program = lowered.compile()
-  finally:
-    jax.monitoring.unregister_event_listener(note)
-  if _FOUND in events:                 # kept by JAX before
+  _heard.found = False
+  with persistent_cache_min_compile_time_secs(math.inf):   # on this thread alone
+    program = lowered.compile()
+  if _heard.found:                     # kept by JAX before
     return program
   try:
-    content = pickle.dumps(serialize_executable.serialize(program))
+    devices = [device.id for device in program.runtime_executable().local_devices()]
+    content = pickle.dumps((devices, serialize_executable.serialize(program)))
   except Exception:                    # of whatever type: some programs cannot be written
     return program
   _write(file, content)

@@ -199,18 +199,56 @@ def test_garbage_is_looked_for_again_after_a_trace_that_fails(monkeypatch):
 
 
 def test_only_what_is_kept_here_is_not_kept_by_jax(tmp_path, monkeypatch):
-  """Fails where JAX keeps nothing of other threads while a program is compiled, or afterwards."""
-  setting = persistent_cache_min_compile_time_secs
-  before, seen = setting.get_global(), []
-  monkeypatch.setattr(compilation, "_write", lambda *args: None)
+  """Fails where JAX keeps nothing of other threads while a program is compiled, or afterwards, or
+  where a program of theirs that JAX has found is taken for this one."""
+  setting, program = persistent_cache_min_compile_time_secs, jax.jit(lambda: 1).lower().compile()
+  before, seen, written = setting.get_global(), [], []
+  monkeypatch.setattr(compilation, "_write", lambda *args: written.append(args))
 
   def compile_it():
     with futures.ThreadPoolExecutor(1) as other:
+      other.submit(jax.monitoring.record_event, compilation._FOUND).result()
       seen.extend([setting.value, other.submit(lambda: setting.value).result()])
+    return program
 
-  compilation._compiled(Lowered(compile_it), tmp_path / "file")
+  assert compilation._compiled(Lowered(compile_it), tmp_path / "file") is program
   assert seen == [math.inf, before]
   assert setting.value == before
+  assert len(written) == 1
+
+
+def test_what_jax_has_kept_is_not_written(tmp_path, monkeypatch):
+  """Fails where a program is written that JAX has loaded, and so is not whole."""
+  program, written = jax.jit(lambda: 1).lower().compile(), []
+  monkeypatch.setattr(compilation, "_write", lambda *args: written.append(args))
+
+  def find():
+    jax.monitoring.record_event(compilation._FOUND)
+    return program
+
+  assert compilation._compiled(Lowered(find), tmp_path / "file") is program
+  assert not written
+
+
+OF_ONE_DEVICE = """
+import jax
+from advprop_jax.runtime import compilation, parallel
+compilation._SETTLED = -60
+compilation.keep_compiled()
+traced = []
+def create():
+  traced.append(1)
+  return jax.numpy.arange(3) * 2
+print(int(compilation.Program(parallel.hurried(create), "one", {})().sum()),
+      jax.local_device_count(), len(traced))
+"""
+
+
+def test_a_program_of_one_of_several_devices_is_found(tmp_path):
+  """Fails where it is loaded as a program of all, which cannot be called: a fresh state is one."""
+  four = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+  assert printed(OF_ONE_DEVICE, tmp_path, **four) == ["6 4 1"]
+  assert printed(OF_ONE_DEVICE, tmp_path, **four) == ["6 4 0"]
 
 
 def test_code_that_nobody_knew_is_not_trusted(tmp_path):
