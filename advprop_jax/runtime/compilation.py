@@ -41,7 +41,7 @@ _SETTINGS = ("JAX_", "XLA_", "LIBTPU_", "TPU_", "CUDA_", "TF_", "FLAX_")   # of 
 _FOUND = "/jax/compilation_cache/cache_hits"
 _START = time.time()
 _folders: list[pathlib.Path] = []      # of kept programs; none before `keep_compiled`
-_compiling: list[futures.Future] = []
+_compiling: list[futures.Future] = []  # what threads are at
 _heard = threading.local()             # .found: whether JAX's cache had what this thread compiled
 
 
@@ -152,7 +152,8 @@ def _beside(work: Callable[[], Any]) -> futures.Future:
   thread = futures.ThreadPoolExecutor(1, "compiles")
   future = thread.submit(work)
   thread.shutdown(wait=False)
-  _compiling[:] = [*filter(lambda other: not other.done(), _compiling), future]
+  _compiling.append(future)
+  future.add_done_callback(_compiling.remove)
   return future
 
 
@@ -160,7 +161,7 @@ def is_compiling() -> bool:
   """Whether a thread compiles. Python would wait for it before it ends, and dies where it is told
   not to: `os._exit` is the way out.
   """
-  return not all(future.done() for future in _compiling)
+  return bool(_compiling)
 
 
 def _kept(lowered: Any, file: pathlib.Path, sources: pathlib.Path) -> Callable:
