@@ -4,11 +4,9 @@
 """
 
 import importlib
-import os
 import signal
 import sys
 import traceback
-from typing import NoReturn
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -16,7 +14,7 @@ from ml_collections import config_flags
 from advprop_jax.errors import InputError
 from advprop_jax.runtime import command, pod
 from advprop_jax.runtime.compilation import is_compiling, keep_compiled
-from advprop_jax.runtime.faults import Preempted
+from advprop_jax.runtime.faults import Preempted, leave
 from advprop_jax.runtime.memory import keep_freed_memory
 from advprop_jax.runtime.xla_flags import set_flags
 
@@ -60,26 +58,16 @@ def run() -> None:
     app.run(main, flags_parser=lambda argv: command.parse(argv, _CONFIG))
   except InputError as error:
     print(f"Error: {error}", file=sys.stderr)
-    end(error.code)
-  except Preempted as stop:
-    print(stop, file=sys.stderr)
+    if is_compiling():
+      leave(error.code)
+    sys.exit(error.code)
+  except Preempted as end:
+    print(end, file=sys.stderr)
   except (Exception, KeyboardInterrupt) as error:
     if not is_compiling():
       raise
     traceback.print_exc()
-    end(-signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1)
-
-
-def end(code: int) -> NoReturn:
-  """Ends the process with an exit code, or a signal if it is negative; waits for no compiler."""
-  if not is_compiling():
-    sys.exit(code)
-  sys.stdout.flush()
-  sys.stderr.flush()
-  if code < 0:
-    signal.signal(-code, signal.SIG_DFL)
-    signal.raise_signal(-code)
-  os._exit(code)
+    leave(-signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1)
 
 
 if __name__ == "__main__":

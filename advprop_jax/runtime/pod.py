@@ -31,7 +31,7 @@ from absl import flags
 from advprop_jax.errors import FaultError, InputError
 from advprop_jax.runtime import agreement
 from advprop_jax.runtime.config import flatten
-from advprop_jax.runtime.faults import Preempted
+from advprop_jax.runtime.faults import Preempted, leave
 from advprop_jax.runtime.workdir import SPEED
 
 _COORDINATOR = flags.DEFINE_string(
@@ -291,7 +291,5 @@ def _exit(words: LastWords, sentence: object, code: int) -> NoReturn:
   words.be("")
   try:
     print(sentence, file=sys.stderr)
-    sys.stdout.flush()
-    sys.stderr.flush()
   finally:                             # also where nobody reads any more
-    os._exit(code)
+    leave(code)
