@@ -16,7 +16,7 @@ import pickle
 import sys
 import time
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -32,6 +32,7 @@ from advprop_jax.method.measure import NEVER, Attacker, measure_step, shown_step
 from advprop_jax.models.batch_norm import of_domain
 from advprop_jax.models.network import Network
 from advprop_jax.runtime import agreement, parallel
+from advprop_jax.runtime.compilation import Program
 from advprop_jax.runtime.metrics import Progress, write_bytes
 from advprop_jax.runtime.workdir import make_workdir
 
@@ -95,9 +96,21 @@ class Measurer:
     """
     self._model, self._config, self._between = model, config, between
     self._ordinary = model.clone(domains=model.domains[:1])
-    self._judge = parallel.pmap(functools.partial(
-        measure_step, self._ordinary, axis_name=parallel.AXIS))
-    self._shows: dict[Attacker | None, Callable] = {}
+    self._programs: dict[tuple, Program] = {}    # by what they are of, and images of a batch
+    self._size = config.eval.batch_size // jax.process_count()
+
+  def start(self, variables: Mapping[str, Any], passes: Iterable[Pass]) -> None:
+    """Lets threads compile what passes need, and does not wait for them. Not in a pod.
+
+    Args:
+      variables: of the model.
+      passes: those that are to come; an image of each is read, for its shape.
+    """
+    for one in passes:
+      given, batch = self._given(variables, one), self.batches(one).example()
+      shown = self._show(one, self._size).start(given["shown"], batch)
+      self._judge(self._size).start(
+          given["judged"], {**batch, "image": parallel.sharded_shapes(shown)})
 
   def answers(self, variables: Mapping[str, Any], one: Pass, name: str = "",
               kept: pathlib.Path | None = None) -> Answers:
@@ -114,7 +127,7 @@ class Measurer:
         raises.
     """
     settings, given = self._config.eval, self._given(variables, one)
-    show = self._show(one)
+    show, judge = self._show(one, self._size), self._judge(self._size)
     key = None                         # of process 0, which alone reads and writes
     if kept and agreement.is_first():
       with contextlib.suppress(InputError):   # of an image: who comes to it will say so
@@ -129,8 +142,7 @@ class Measurer:
     saved, running = time.monotonic(), []
     for batch in _of_this_process(batches.starting_at(first)):
       self._between()
-      batch = parallel.shard(batch)
-      running.append(self._judge(given["judged"], {**batch, "image": show(given["shown"], batch)}))
+      running.append(judge(given["judged"], {**batch, "image": show(given["shown"], batch)}))
       # One step late, so that the next batch is made and travels while this one is computed.
       while len(running) > (not parallel.wait_each_step()):
         answers.add(jax.device_get(running.pop(0)))
@@ -148,14 +160,14 @@ class Measurer:
     return answers
 
   def batches(self, one: Pass) -> loader.EvaluationBatches:
-    """The images of a pass, as the config says how they are made."""
+    """The images of a pass on the devices, as the config says how they are made."""
     data, workers = self._config.data, self._config.eval.num_workers
     if workers is None:
       workers = data.num_workers or (one.slow_images and parallel.local_cores())
     return loader.evaluation_batches(
         one.source, batch_size=self._config.eval.batch_size, transform=one.transform,
         process_index=jax.process_index(), process_count=jax.process_count(),
-        num_workers=workers, num_threads=data.num_threads)
+        num_workers=workers, num_threads=data.num_threads, finish=parallel.shard)
 
   def look(self, variables: Mapping[str, Any], one: Pass, images: Mapping[str, np.ndarray]
            ) -> dict[str, Any]:
@@ -173,17 +185,17 @@ class Measurer:
       {"shown": float32 (n, size, size, 3) in [-1, 1], "said": {domain: (n,), the likeliest class}},
       by the main domain and the pass's own.
     """
-    number, devices = len(images["label"]), jax.local_device_count()
-    size = self._config.eval.batch_size // jax.process_count()
-    if self._attacker(one) not in self._shows or size < number:
+    number, devices, size = len(images["label"]), jax.local_device_count(), self._size
+    if (self._attacker(one), size) not in self._programs or size < number:
       size = -(-number // devices) * devices     # no more memory than that where none was needed
     batch = parallel.shard({"mask": np.ones(size, bool), **{
         name: np.resize(value, (size, *value.shape[1:])) for name, value in images.items()}})
     given = {domain: self._given(variables, dataclasses.replace(one, domain=domain))
              for domain in (self._model.domains[0], one.domain)}
-    shown, said = self._show(one)(given[one.domain]["shown"], batch), {}
+    shown, said = self._show(one, size)(given[one.domain]["shown"], batch), {}
     for domain in given:
-      answer = jax.device_get(self._judge(given[domain]["judged"], {**batch, "image": shown}))
+      answer = jax.device_get(
+          self._judge(size)(given[domain]["judged"], {**batch, "image": shown}))
       by_place = dict(zip(answer["index"].tolist(), answer["said"].tolist(), strict=True))
       said[domain] = np.array([by_place[place] for place in images["index"].tolist()])
     return {"shown": parallel.local(shown)[:number], "said": said}
@@ -209,12 +221,20 @@ class Measurer:
     attack = dataclasses.replace(one.attack, epsilon=0.0, step_size=0.0)     # are arguments
     return Attacker(attack, one.surrogate.model if one.surrogate else self._ordinary, one.restarts)
 
-  def _show(self, one: Pass) -> Callable:
-    """The compiled step that makes what is shown."""
+  def _show(self, one: Pass, size: int) -> Program:
+    """What makes the images that are shown, in batches of so many of this process."""
     attacker = self._attacker(one)
-    if attacker not in self._shows:
-      self._shows[attacker] = parallel.pmap(functools.partial(shown_step, attacker), of_batch=True)
-    return self._shows[attacker]
+    return self._program(attacker, size, functools.partial(shown_step, attacker), of_batch=True)
+
+  def _judge(self, size: int) -> Program:
+    """What tells of the images that are shown, in batches of so many of this process."""
+    return self._program("judge", size, functools.partial(
+        measure_step, self._ordinary, axis_name=parallel.AXIS))
+
+  def _program(self, of, size, step, **settings):
+    if (of, size) not in self._programs:
+      self._programs[of, size] = Program(parallel.pmap(step, **settings), step.func.__name__)
+    return self._programs[of, size]
 
 
 def _of_this_process(batches: Iterator[Batch]) -> Iterator[Batch]:

@@ -10,7 +10,8 @@ from collections.abc import Callable
 import jax
 import ml_collections
 
-from advprop_jax.benchmarks.contract import test_pass
+from advprop_jax.benchmarks.adversarial import main_norms
+from advprop_jax.benchmarks.contract import Pass, Subject, test_pass
 from advprop_jax.data import loader, transforms
 from advprop_jax.evaluate import conclude, subject_of
 from advprop_jax.experiment import Experiment, create_experiment, fresh_state, initial_state
@@ -21,8 +22,9 @@ from advprop_jax.method.step import train_step
 from advprop_jax.models.batch_norm import drop_auxiliary
 from advprop_jax.runtime import agreement, parallel
 from advprop_jax.runtime.checkpoint import Checkpoints
-from advprop_jax.runtime.compilation import Program
+from advprop_jax.runtime.compilation import Program, is_compiling
 from advprop_jax.runtime.faults import RESUME, NotFinite, Preempted, Preemption, warned_of
+from advprop_jax.runtime.fields import names_in
 from advprop_jax.runtime.metrics import MetricsWriter, Progress, read_json, table, write_json
 from advprop_jax.runtime.workdir import (
   LATER,
@@ -59,7 +61,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
     clean = test_pass(subject)
     checkpoints = stack.enter_context(Checkpoints(
         os.path.join(workdir, "checkpoints"), experiment.config.checkpoint.keep, BEST_METRIC))
-    batches = open_batches(experiment)
+    batches = open_batches(experiment, finish=parallel.shard)
     stack.callback(batches.close)
     step = Program(
         parallel.pmap(functools.partial(train_step, experiment.method), donate_state=True),
@@ -67,12 +69,14 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
 
     def start_step(state):
       if experiment.total_steps:
-        step.start(state, parallel.shard(batches.example()))
+        step.start(state, batches.example())
 
     state, skips, weights = start_or_resume(experiment, checkpoints, batches, workdir, start_step)
     start = int(state.step)
     if agreement.is_first():
       print(describe(experiment, state, weights, workdir), flush=True)
+    if is_compiling():                   # mostly on one core
+      measurer.start(state.evaluation_variables, passes_to_come(subject))
     state, speed = fit_past_faults(
         experiment, step, state, batches, checkpoints, preemption, workdir, skips,
         lambda variables: row(clean, measurer.answers(variables, clean)))
@@ -83,6 +87,12 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
       training = read_json(os.path.join(workdir, "summary.json")).get("training") or training
     return conclude(subject, state.evaluation_variables, weights_of(experiment), workdir, measurer,
                     training)
+
+
+def passes_to_come(subject: Subject) -> list[Pass]:
+  """Those over the test images whose programs serve all evaluations of a training."""
+  attacked = "adversarial" in names_in(subject.config.eval.benchmarks)
+  return [test_pass(subject), *(main_norms(subject).passes.values() if attacked else [])]
 
 
 def weights_of(experiment: Experiment) -> dict[str, str | int]:
@@ -156,6 +166,7 @@ def fit(experiment: Experiment, step_fn: Callable, state: TrainState, batches,
   eval_every, save_every = experiment.every("eval"), experiment.every("checkpoint")
   tolerant = functools.partial(warned_of, config.checkpoint.on_failure == "continue", progress.note)
   before = batches.get_state()["batches"] - int(state.step)   # not 0 where batches were left out
+  schedule = jax.jit(experiment.schedule)      # 20 operations, 4 ms one by one
 
   def save(step, results, needed):
     with tolerant():
@@ -173,7 +184,7 @@ def fit(experiment: Experiment, step_fn: Callable, state: TrainState, batches,
       with tolerant():
         writer.write(step, {
             **{f"train/{name}": value for name, value in metrics.items()},
-            "train/learning_rate": float(experiment.schedule(step - 1)),
+            "train/learning_rate": float(schedule(step - 1)),
             "train/epoch": step / experiment.steps_per_epoch,
             **({} if speed is None else {"train/images_per_second": speed})})
 
@@ -181,8 +192,8 @@ def fit(experiment: Experiment, step_fn: Callable, state: TrainState, batches,
   for step in range(int(state.step) + 1, total + 1):
     # The step before may still run here, as its metrics are read below. The call does not wait for
     # it, so this batch travels to the device meanwhile: to send it earlier would gain nothing. (On
-    # the CPU a step has ended when its call has.)
-    state, metrics = step_fn(state, parallel.shard(next(batches)))
+    # the CPU a step has ended when its call has, and the batch is there.)
+    state, metrics = step_fn(state, next(batches))
     if unread:
       record(*unread)
     unread = (step, metrics)
@@ -233,8 +244,11 @@ def start_or_resume(experiment: Experiment, checkpoints: Checkpoints,
           f"those of the checkpoint of step {restored.step}")
 
 
-def open_batches(experiment: Experiment) -> loader.TrainingBatches:
-  """What an experiment trains on, from its first batch on: this process's part of each."""
+def open_batches(experiment: Experiment, **settings) -> loader.TrainingBatches:
+  """What an experiment trains on, from its first batch on: this process's part of each.
+
+  Further settings are those of `loader.training_batches`.
+  """
   config = experiment.config
   views = {source: transforms.training_transform(config.data.image_size, augment,
                                                  config.data.padding, config.data.crop)
@@ -246,7 +260,7 @@ def open_batches(experiment: Experiment) -> loader.TrainingBatches:
       transform=views.pop("image"), more_views=views,
       seed=config.seed, num_workers=config.data.num_workers, num_threads=config.data.num_threads,
       process_index=jax.process_index(), process_count=jax.process_count(),
-      skip_broken=config.data.broken == "skip")
+      skip_broken=config.data.broken == "skip", **settings)
 
 
 def require_same_data(experiment: Experiment) -> None:

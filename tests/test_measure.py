@@ -55,8 +55,10 @@ def clean_images():
           np.array([record["label"] for record in records]))
 
 
-def test_one_compilation_for_all_sets_and_strengths(subject, monkeypatch):
-  """Fails where another epsilon, other classes or another set of images compile the step again."""
+@pytest.mark.parametrize("ahead", [False, True])
+def test_one_compilation_for_all_sets_and_strengths(ahead, subject, monkeypatch):
+  """Fails where another epsilon, other classes or another set of images compile the step again, or
+  where what was started ahead is not what is called."""
   traced = []
 
   def counted(step):
@@ -70,6 +72,10 @@ def test_one_compilation_for_all_sets_and_strengths(subject, monkeypatch):
   subject = with_settings(subject, benchmarks="clean,adversarial,auxiliary,strength",
                           strengths="0,1,4,16")
   measurer = measurer_of(subject)
+  if ahead:
+    measurer.start(distinct_variables(), [
+        contract.test_pass(subject), contract.test_pass(subject, attack=subject.attack)])
+    assert sorted(traced) == ["measure_step", "shown_step", "shown_step"]
   results = measure(subject, distinct_variables(), measurer)["results"]
   few = dataclasses.replace(contract.test_pass(subject), classes=(0, 1))
   answers = measurer.answers(distinct_variables(), dataclasses.replace(

@@ -15,6 +15,7 @@ import pytest
 
 from advprop_jax import evaluate, train
 from advprop_jax import experiment as experiments
+from advprop_jax import measure as measuring
 from advprop_jax.benchmarks import adversarial
 from advprop_jax.benchmarks.clean import CLEAN
 from advprop_jax.errors import InputError
@@ -179,7 +180,7 @@ def test_the_step_compiles_once(tmp_path):
       assert len(pmapped) == 4, compiled  # the train step and three kinds of evaluation
       shutil.rmtree(tmp_path / "checkpoints" / "5")
   finally:
-    jax.monitoring.clear_event_listeners()
+    jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
@@ -230,9 +231,10 @@ def test_a_config_that_is_not_whole(tmp_path, text):
       verb(make_config(), str(tmp_path))
 
 
-@pytest.mark.parametrize("steps", [0, 1])
-def test_the_step_is_traced_while_the_fresh_state_is_compiled(steps, tmp_path, monkeypatch):
-  """Fails where one waits for the other, or where a step is compiled that is never made."""
+@pytest.mark.parametrize(("steps", "compiling"), [(0, False), (1, False), (1, True)])
+def test_what_is_compiled_beside_what(steps, compiling, tmp_path, monkeypatch):
+  """Fails where the step waits for the fresh state, where a step is compiled that is never made, or
+  where an evaluation's programs wait for their turn while the step is compiled."""
   events = []
 
   class Noted(compilation.Program):
@@ -244,11 +246,15 @@ def test_the_step_is_traced_while_the_fresh_state_is_compiled(steps, tmp_path, m
       events.append(f"call {self._name}")
       return super().__call__(*args)
 
-  for module in (train, experiments):
+  for module in (train, experiments, measuring):
     monkeypatch.setattr(module, "Program", Noted)
+  monkeypatch.setattr(train, "is_compiling", lambda: compiling)
   train.train(make_config(train__steps=steps), str(tmp_path))
-  assert events == ["start fresh_state", *["start train_step"] * steps,
-                    "call fresh_state", *["call train_step"] * steps]
+  ahead = ["start shown_step", "start measure_step"] * 2 if compiling else []
+  before = ["start fresh_state", *["start train_step"] * steps, "call fresh_state", *ahead,
+            *["call train_step"] * steps, "call shown_step"]
+  assert events[:len(before)] == before
+  assert events.count("start shown_step") == 2     # images as they are, and attacked
 
 
 def test_less_than_one_step_is_not_trained():

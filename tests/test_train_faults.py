@@ -97,14 +97,14 @@ def test_by_default_it_stops(bad_batches, tmp_path):
 
 def test_a_signal_during_an_evaluation_saves_the_step_before_it(monkeypatch, tmp_path):
   """Fails where it waits for the end of the evaluation, or loses the steps before it."""
-  signals, real = [signal.SIGTERM], measure.Measurer.batches
+  signals, real = [signal.SIGTERM], measure.Measurer.answers
 
-  def batches(self, one):
+  def answers(*args, **settings):
     if signals:
       signal.raise_signal(signals.pop())
-    return real(self, one)
+    return real(*args, **settings)
 
-  monkeypatch.setattr(measure.Measurer, "batches", batches)
+  monkeypatch.setattr(measure.Measurer, "answers", answers)
   config = config_of({"eval.every_epochs": 1.5, "checkpoint.every_steps": 100})   # 2 steps each
   with pytest.raises(Preempted, match=f"Stopped after step 3 of {STEPS}, whose checkpoint is"):
     train.train(config, str(tmp_path))

@@ -10,7 +10,7 @@ A process of a pod may have worker processes of its own, which share its blocks 
 import dataclasses
 import logging
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import grain
@@ -22,24 +22,32 @@ from advprop_jax.data.transforms import EvaluationTransform, TrainingTransform
 from advprop_jax.data.workers import Batch, WorkerBatches
 from advprop_jax.errors import InputError
 
+Finish = Callable[[Batch], Any]
+
+
+def _as_it_is(batch: Batch) -> Batch:
+  return batch
+
 
 class TrainingBatches(Iterator[Batch]):
   """An endless iterator whose state says what was taken, not what was read ahead."""
 
-  def __init__(self, blocks: "_Blocks", num_workers: int, num_threads: int):
-    self._blocks, self._num_workers, self._num_threads = blocks, num_workers, num_threads
+  def __init__(self, blocks: "_Blocks", num_workers: int, num_threads: int, finish: Finish):
+    self._blocks, self._finish = blocks, finish
+    self._num_workers, self._num_threads = num_workers, num_threads
     self._taken, self._iterator = 0, None
 
   def __next__(self) -> Batch:
     if self._iterator is None:         # not before, as a run that resumes begins elsewhere
-      self._iterator = _iterate(self._blocks, self._taken, self._num_workers, self._num_threads)
+      self._iterator = _iterate(self._blocks, self._taken, self._num_workers, self._num_threads,
+                                self._finish)
     batch = next(self._iterator)
     self._taken += 1
     return batch
 
   def example(self) -> Batch:
     """A batch of the shapes and types that all have; none is taken."""
-    return self._blocks.example()
+    return self._finish(self._blocks.example())
 
   def get_state(self) -> dict[str, int]:
     """{"batches": how many were taken}: JSON, and good for any number of processes and workers."""
@@ -64,6 +72,7 @@ class EvaluationBatches:
   blocks: "_Blocks"
   num_workers: int
   num_threads: int
+  finish: Finish
 
   def __len__(self) -> int:
     return len(self.blocks)
@@ -71,12 +80,17 @@ class EvaluationBatches:
   def __iter__(self) -> Iterator[Batch]:
     return self.starting_at(0)
 
+  def example(self) -> Batch:
+    """A batch of the shapes and types that all have."""
+    return self.finish(self.blocks.example())
+
   def starting_at(self, first: int) -> Iterator[Batch]:
     """The batches from number `first` on; none where all are before it."""
     left = len(self) - first
     if left <= 0:
       return
-    iterator = _iterate(self.blocks, first, min(self.num_workers, left), self.num_threads)
+    iterator = _iterate(self.blocks, first, min(self.num_workers, left), self.num_threads,
+                        self.finish)
     try:
       yield from iterator
     finally:
@@ -87,7 +101,7 @@ def training_batches(source: Source, *, batch_size: int, transform: TrainingTran
                      process_index: int = 0, process_count: int = 1, num_workers: int = 0,
                      num_threads: int = 1,
                      more_views: Mapping[str, TrainingTransform] | None = None,
-                     skip_broken: bool = False) -> TrainingBatches:
+                     skip_broken: bool = False, finish: Finish = _as_it_is) -> TrainingBatches:
   """Shuffled, augmented batches without end; every epoch has its own order.
 
   Args:
@@ -105,10 +119,13 @@ def training_batches(source: Source, *, batch_size: int, transform: TrainingTran
       draw after `transform`, whose result they do not change.
     skip_broken: an image that does not decode gives way to the record after it, with a warning;
       else it is an error that names it.
+    finish: what is done with a batch in this process, such as to send it to the devices: by the
+      threads that read ahead, where there are some and no workers. What is left to do for the
+      thread that trains waits there for them, who hold Python's lock as they make another batch.
 
   Returns:
-    Iterator of {"image": uint8 (n, size, size, 3), "label": int32 (n,)}, and an entry like "image"
-    for each other view.
+    Iterator of what `finish` makes of {"image": uint8 (n, size, size, 3), "label": int32 (n,)}, and
+    an entry like "image" for each other view.
 
   Raises:
     InputError: batch_size is no multiple of process_count; from the iterator, a broken image.
@@ -122,12 +139,13 @@ def training_batches(source: Source, *, batch_size: int, transform: TrainingTran
             .random_map(_Read(source, views, skip_broken), seed=augment_seed)
             .repeat())
   blocks = _Blocks(stream, batch_size, process_index, process_count, masked=False)
-  return TrainingBatches(blocks, num_workers, num_threads)
+  return TrainingBatches(blocks, num_workers, num_threads, finish)
 
 
 def evaluation_batches(source: Source, *, batch_size: int, transform: EvaluationTransform,
                        process_index: int = 0, process_count: int = 1, limit: int | None = None,
-                       num_workers: int = 0, num_threads: int = 1) -> EvaluationBatches:
+                       num_workers: int = 0, num_threads: int = 1,
+                       finish: Finish = _as_it_is) -> EvaluationBatches:
   """Every image once over all processes, in order; what is missing in the last batch is padded.
 
   Args:
@@ -140,11 +158,12 @@ def evaluation_batches(source: Source, *, batch_size: int, transform: Evaluation
     num_workers: processes that make batches; 0: this one does. With some, source and transforms
       have to be picklable, and a script has to begin by `if __name__ == "__main__"`.
     num_threads: that read ahead, of this process or of each worker; 0 reads when asked.
+    finish: as of `training_batches`.
 
   Returns:
-    Sized iterable of {"image": uint8 (n, size, size, 3), "label": int32 (n,), "mask": bool (n,),
-    False for padding, "index": int32 (n,), the record's index}. Padding is black, of label 0, and
-    its indices go on counting.
+    Sized iterable of what `finish` makes of {"image": uint8 (n, size, size, 3), "label": int32
+    (n,), "mask": bool (n,), False for padding, "index": int32 (n,), the record's index}. Padding is
+    black, of label 0, and its indices go on counting.
 
   Raises:
     InputError: batch_size is no multiple of process_count.
@@ -152,7 +171,7 @@ def evaluation_batches(source: Source, *, batch_size: int, transform: Evaluation
   records = len(source) if limit is None else min(limit, len(source))
   stream = grain.MapDataset.range(records).map(_Read(source, {"image": transform}))
   blocks = _Blocks(stream, batch_size, process_index, process_count, masked=True)
-  return EvaluationBatches(blocks, num_workers, num_threads)
+  return EvaluationBatches(blocks, num_workers, num_threads, finish)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,9 +253,10 @@ class _Blocks(grain.MapDataset):
     return {**images, "label": np.zeros(self._block, np.int32)}
 
 
-def _iterate(blocks: _Blocks, first: int, num_workers: int, num_threads: int) -> Iterator[Batch]:
+def _iterate(blocks: _Blocks, first: int, num_workers: int, num_threads: int,
+             finish: Finish) -> Iterator[Batch]:
   if num_workers:
-    return WorkerBatches(blocks, first, blocks.example(), num_workers, num_threads)
+    return WorkerBatches(blocks, first, blocks.example(), num_workers, num_threads, finish)
   # The unit is a batch here: a few read ahead hide the time it takes, 500 would fill the memory.
   options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=2 * num_threads)
-  return iter(blocks[first:].to_iter_dataset(options))
+  return iter(blocks[first:].map(finish).to_iter_dataset(options))

@@ -16,7 +16,7 @@ import pickle
 import signal
 import traceback
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from multiprocessing.sharedctypes import RawArray
 from typing import Any
@@ -40,7 +40,7 @@ class WorkerBatches(Iterator[Batch]):
   """What iterating over batches[first:] gives, made by workers; each array is the caller's."""
 
   def __init__(self, batches: grain.MapDataset, first: int, example: Batch, num_workers: int,
-               num_threads: int):
+               num_threads: int, finish: Callable[[Batch], Any]):
     """Starts the workers: about two seconds until the first batch, most of them imports.
 
     Args:
@@ -49,7 +49,9 @@ class WorkerBatches(Iterator[Batch]):
       example: a batch whose shapes and types are those of all.
       num_workers: 1 or more processes.
       num_threads: of each, that read ahead; 0: it makes one batch after the other.
+      finish: what is done with a batch that is taken.
     """
+    self._finish = finish
     self._length, self._taken = len(batches) - first, 0
     context = multiprocessing.get_context("spawn")     # a fork would copy JAX' threads' locks
     places, size = _places(example)
@@ -87,7 +89,7 @@ class WorkerBatches(Iterator[Batch]):
     with self._explained(worker):
       connection.send(None)
     self._taken += 1
-    return batch
+    return self._finish(batch)
 
   @contextlib.contextmanager
   def _explained(self, worker: int):

@@ -90,16 +90,18 @@ class Program:
   `keep_compiled` says so; in a pod JAX compiles and keeps it.
   """
 
-  def __init__(self, function: Callable, name: str, made_of: dict[str, Any]):
+  def __init__(self, function: Callable, name: str, made_of: dict[str, Any] | None = None):
     """Compiles nothing yet.
 
     Args:
       function: of `jax.jit` or `jax.pmap`; called with arguments of the same shapes each time.
       name: of its files; functions of one name are compiled with the same options (see _FORMAT).
-      made_of: what JSON knows; all that the function is made of besides code.
+      made_of: what JSON knows; all that the function is made of besides code. None where that is
+        not known: each start traces it then, and finds it by what that gives.
     """
     self._function, self._name, self._made_of = function, name, made_of
     self._program: futures.Future | None = None
+    self._gives: Any = None
 
   def __call__(self, *args):
     if not agreement.alone():
@@ -111,27 +113,34 @@ class Program:
   def start(self, *args) -> Any:
     """Finds it, or traces it now and compiles it on another thread. Not for processes of a pod.
 
+    Where it was started before, nothing is done.
+
     Args:
       args: as a call has them, or `jax.ShapeDtypeStruct`s with the same shardings.
 
     Returns:
       The shapes of what a call gives.
     """
+    if self._program is None:
+      self._program, self._gives = self._begun(args)
+    return self._gives
+
+  def _begun(self, args: tuple) -> tuple[futures.Future, Any]:
+    """What will be the program, and the shapes of what it gives."""
     if not _folders:
       lowered = self._traced(args)
-      self._program = _beside(lowered.compile)
-      return lowered.out_info
-    settings, shapes = _settings(), _shapes(args)
-    sources = self._file("json", [settings, self._made_of, shapes, _packages()])
-    found = _read(_named_by(sources))
-    if found is not None:
-      self._program = futures.Future()
-      self._program.set_result(found)
-      return found.out_info
+      return _beside(lowered.compile), lowered.out_info
+    settings, shapes, sources = _settings(), _shapes(args), None
+    if self._made_of is not None:
+      sources = self._file("json", [settings, self._made_of, shapes, _packages()])
+      found = _read(_named_by(sources))
+      if found is not None:
+        program = futures.Future()
+        program.set_result(found)
+        return program, found.out_info
     lowered = self._traced(args)
     file = self._file("program", [settings, shapes, lowered.as_text()])
-    self._program = _beside(lambda: _kept(lowered, file, sources))
-    return lowered.out_info
+    return _beside(lambda: _kept(lowered, file, sources)), lowered.out_info
 
   def _traced(self, args: tuple) -> Any:
     """As `jax.jit` lowers it. Python does not look for garbage meanwhile: a fifth of the time."""
@@ -161,14 +170,14 @@ def is_compiling() -> bool:
   """Whether a thread compiles. Python would wait for it before it ends, and dies where it is told
   not to: `os._exit` is the way out.
   """
-  return bool(_compiling)
+  return any(not future.done() for future in list(_compiling))
 
 
-def _kept(lowered: Any, file: pathlib.Path, sources: pathlib.Path) -> Callable:
+def _kept(lowered: Any, file: pathlib.Path, sources: pathlib.Path | None) -> Callable:
   """The program of what was traced; what is missing of its files is written."""
   program = _read(file) or _compiled(lowered, file)
-  code = _code()
-  if _is_in_files(code):
+  code = _code() if sources else {}
+  if code and _is_in_files(code):
     _write(sources, json.dumps({"code": code, "program": file.name}).encode())
   _forget_oldest(file.parent)
   return program

@@ -39,9 +39,12 @@ def replicated(devices: Sequence[jax.Device] | None = None) -> jax.sharding.Name
 
 def replicated_shapes(shapes: Any) -> Any:
   """The shapes of arrays, where `jax.device_put(arrays, replicated())` has put them."""
-  place = replicated()
-  return jax.tree.map(
-      lambda one: jax.ShapeDtypeStruct(one.shape, one.dtype, sharding=place), shapes)
+  return _placed(shapes, replicated())
+
+
+def sharded_shapes(shapes: Any) -> Any:
+  """The shapes of arrays with a leading axis of local devices, where `pmap` has left them."""
+  return _placed(shapes, _local(jax.local_devices(), AXIS))
 
 
 def hurried(create: Callable) -> Callable:
@@ -87,6 +90,11 @@ def wait_each_step() -> bool:
   with collectives are queued.
   """
   return jax.device_count() > 1 and jax.default_backend() == "cpu"
+
+
+def _placed(shapes, place):
+  return jax.tree.map(
+      lambda one: jax.ShapeDtypeStruct(one.shape, one.dtype, sharding=place), shapes)
 
 
 def _local(devices, *axes):

@@ -5,6 +5,7 @@ import functools
 import itertools
 import json
 import pickle
+import threading
 
 import numpy as np
 import pytest
@@ -122,6 +123,32 @@ def test_threads_and_processes_do_not_change_what_is_drawn(augment):
   assert_same(alone, joined(take(stream(num_threads=3), 6)))
   parts = [take(stream(process_index=i, process_count=2), 6) for i in range(2)]
   assert_same(alone, joined([part[step] for step in range(6) for part in parts]))
+
+
+@pytest.mark.parametrize(("settings", "own"), [
+    ({"num_threads": 0}, True), ({"num_threads": 2}, False), ({"num_workers": 1}, True)])
+def test_who_finishes_batches(settings, own):
+  """Fails where a batch is not finished, or twice, or where the thread that trains does what others
+  could that read ahead; or where workers, who have no devices, do it."""
+  threads = set()
+
+  def finish(batch):
+    threads.add(threading.get_ident())
+    return {**batch, "label": batch["label"] + 100}
+
+  finished = training(finish=finish, **settings)
+  assert np.all(finished.example()["label"] == 100)
+  threads.clear()
+  for one, other in zip(take(finished, 3), take(training(), 3), strict=True):
+    assert_same(one, {**other, "label": other["label"] + 100})
+  assert (threads == {threading.get_ident()}) == own
+
+
+def test_batches_to_evaluate_are_finished():
+  batches = evaluation_batches(numbered(12), batch_size=8, transform=evaluation_transform(SIZE),
+                               finish=lambda batch: batch["label"] + 100)
+  assert np.concatenate(list(batches)).tolist() == [*range(100, 112), *[100] * 4]
+  assert batches.example().tolist() == [100] * 8
 
 
 @pytest.mark.parametrize("taken", [0, 1, 5])

@@ -127,9 +127,9 @@ def test_no_more_workers_than_batches(monkeypatch):
   """Fails where a small test set starts processes that have nothing to do."""
   started = []
 
-  def start(blocks, first, example, num_workers, num_threads):
+  def start(blocks, first, example, num_workers, *settings):
     started.append(num_workers)
-    return WorkerBatches(blocks, first, example, num_workers, num_threads)
+    return WorkerBatches(blocks, first, example, num_workers, *settings)
 
   monkeypatch.setattr(loader, "WorkerBatches", start)
   batches = evaluation_batches(numbered(3), batch_size=4, num_workers=5,

@@ -251,6 +251,13 @@ def test_a_program_of_one_of_several_devices_is_found(tmp_path):
   assert printed(OF_ONE_DEVICE, tmp_path, **four) == ["6 4 0"]
 
 
+def test_what_nobody_knows_what_it_is_made_of_is_found_by_its_trace(tmp_path):
+  """Fails where it is compiled again, or found where a trace would have given another program."""
+  assert kept(tmp_path, made_of="None") == NEW
+  assert kept(tmp_path, made_of="None") == TRACED
+  assert kept(tmp_path, made_of="None", factor=3) == (1, 1, 3 * (3 * 6.5 + 3.5))
+
+
 def test_code_that_nobody_knew_is_not_trusted(tmp_path):
   """Fails where a package that is loaded in one of two starts may change the other's program."""
   (tmp_path / "patch.py").write_text(
@@ -301,8 +308,10 @@ def test_a_training_with_a_found_program_has_the_same_bits(tmp_path):
   first = trained("first")
   programs = list(tmp_path.glob("advprop_jax/programs-*/*.program"))
   written = {program: program.stat().st_ino for program in programs}
-  assert sorted(file.name.split("-")[0] for file in written) == ["fresh_state", "train_step"]
+  assert {file.name.split("-")[0] for file in written} == {
+      "fresh_state", "train_step", "shown_step", "measure_step"}
   second = trained("second")
+  programs = list(tmp_path.glob("advprop_jax/programs-*/*.program"))
   assert {program: program.stat().st_ino for program in programs} == written
   for state in (first, second):
     for a, b in zip(plain, state, strict=True):
