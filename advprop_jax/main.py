@@ -63,6 +63,8 @@ def run() -> None:
     sys.exit(error.code)
   except Preempted as end:
     print(end, file=sys.stderr)
+    if is_compiling():
+      leave(0)
   except (Exception, KeyboardInterrupt) as error:
     if not is_compiling():
       raise

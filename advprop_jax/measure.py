@@ -105,12 +105,14 @@ class Measurer:
     Args:
       variables: of the model.
       passes: those that are to come; an image of each is read, for its shape.
+
+    Raises:
+      InputError: such an image cannot be read.
     """
     for one in passes:
       given, batch = self._given(variables, one), self.batches(one).example()
       shown = self._show(one, self._size).start(given["shown"], batch)
-      self._judge(self._size).start(
-          given["judged"], {**batch, "image": parallel.sharded_shapes(shown)})
+      self._judge(self._size).start(given["judged"], {**batch, "image": shown})
 
   def answers(self, variables: Mapping[str, Any], one: Pass, name: str = "",
               kept: pathlib.Path | None = None) -> Answers:
@@ -160,7 +162,7 @@ class Measurer:
     return answers
 
   def batches(self, one: Pass) -> loader.EvaluationBatches:
-    """The images of a pass on the devices, as the config says how they are made."""
+    """The images of a pass, of `parallel.shard`, as the config says how they are made."""
     data, workers = self._config.data, self._config.eval.num_workers
     if workers is None:
       workers = data.num_workers or (one.slow_images and parallel.local_cores())

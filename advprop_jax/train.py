@@ -75,7 +75,8 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
     start = int(state.step)
     if agreement.is_first():
       print(describe(experiment, state, weights, workdir), flush=True)
-    if is_compiling():                   # mostly on one core
+    # Compilers of accelerators would try things out on the device that trains.
+    if is_compiling() and jax.default_backend() == "cpu":
       measurer.start(state.evaluation_variables, passes_to_come(subject))
     state, speed = fit_past_faults(
         experiment, step, state, batches, checkpoints, preemption, workdir, skips,

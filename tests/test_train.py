@@ -248,7 +248,13 @@ def test_what_is_compiled_beside_what(steps, compiling, tmp_path, monkeypatch):
 
   for module in (train, experiments, measuring):
     monkeypatch.setattr(module, "Program", Noted)
-  monkeypatch.setattr(train, "is_compiling", lambda: compiling)
+  if compiling:
+    def slowly(work, beside=compilation._beside):
+      return beside(lambda: (time.sleep(1), work())[1])
+
+    monkeypatch.setattr(compilation, "_beside", slowly)
+  else:
+    monkeypatch.setattr(train, "is_compiling", lambda: False)
   train.train(make_config(train__steps=steps), str(tmp_path))
   ahead = ["start shown_step", "start measure_step"] * 2 if compiling else []
   before = ["start fresh_state", *["start train_step"] * steps, "call fresh_state", *ahead,

@@ -37,7 +37,10 @@ _REASONS = {
 
 
 class WorkerBatches(Iterator[Batch]):
-  """What iterating over batches[first:] gives, made by workers; each array is the caller's."""
+  """What iterating over batches[first:] gives, made by workers, and finished here.
+
+  Each array is the caller's.
+  """
 
   def __init__(self, batches: grain.MapDataset, first: int, example: Batch, num_workers: int,
                num_threads: int, finish: Callable[[Batch], Any]):

@@ -39,12 +39,9 @@ def replicated(devices: Sequence[jax.Device] | None = None) -> jax.sharding.Name
 
 def replicated_shapes(shapes: Any) -> Any:
   """The shapes of arrays, where `jax.device_put(arrays, replicated())` has put them."""
-  return _placed(shapes, replicated())
-
-
-def sharded_shapes(shapes: Any) -> Any:
-  """The shapes of arrays with a leading axis of local devices, where `pmap` has left them."""
-  return _placed(shapes, _local(jax.local_devices(), AXIS))
+  place = replicated()
+  return jax.tree.map(
+      lambda one: jax.ShapeDtypeStruct(one.shape, one.dtype, sharding=place), shapes)
 
 
 def hurried(create: Callable) -> Callable:
@@ -90,11 +87,6 @@ def wait_each_step() -> bool:
   with collectives are queued.
   """
   return jax.device_count() > 1 and jax.default_backend() == "cpu"
-
-
-def _placed(shapes, place):
-  return jax.tree.map(
-      lambda one: jax.ShapeDtypeStruct(one.shape, one.dtype, sharding=place), shapes)
 
 
 def _local(devices, *axes):
