@@ -10,7 +10,7 @@ A process of a pod may have worker processes of its own, which share its blocks 
 import dataclasses
 import logging
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import grain
@@ -19,10 +19,8 @@ import numpy as np
 from advprop_jax.data.decode import BrokenImage
 from advprop_jax.data.sources import Source
 from advprop_jax.data.transforms import EvaluationTransform, TrainingTransform
-from advprop_jax.data.workers import Batch, WorkerBatches
+from advprop_jax.data.workers import Batch, Finish, WorkerBatches
 from advprop_jax.errors import InputError
-
-Finish = Callable[[Batch], Any]
 
 
 def _as_it_is(batch: Batch) -> Batch:

@@ -27,6 +27,7 @@ import numpy as np
 from advprop_jax.errors import FaultError
 
 Batch = dict[str, np.ndarray]
+Finish = Callable[[Batch], Any]
 
 SLOTS = 2                              # batches that a worker may leave before one is taken
 ALIGNMENT = 64                         # bytes
@@ -43,7 +44,7 @@ class WorkerBatches(Iterator[Batch]):
   """
 
   def __init__(self, batches: grain.MapDataset, first: int, example: Batch, num_workers: int,
-               num_threads: int, finish: Callable[[Batch], Any]):
+               num_threads: int, finish: Finish):
     """Starts the workers: about two seconds until the first batch, most of them imports.
 
     Args:
