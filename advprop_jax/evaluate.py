@@ -14,6 +14,7 @@ import jax
 import ml_collections
 
 from advprop_jax import predict, trained
+from advprop_jax.answers import row, rows_of_sets
 from advprop_jax.benchmarks.contract import Benchmark, Measured, Subject, Surrogate, Unavailable
 from advprop_jax.benchmarks.registry import BENCHMARKS
 from advprop_jax.data.sources import Source
@@ -27,7 +28,7 @@ from advprop_jax.experiment import (
   resolve,
 )
 from advprop_jax.figures.sheet import adversarial_picture, examples_of
-from advprop_jax.measure import Measurer, row, rows_of_sets
+from advprop_jax.measure import Measurer
 from advprop_jax.method.schemes import Scheme
 from advprop_jax.models.network import Network
 from advprop_jax.results import results_csv, results_table

@@ -10,12 +10,13 @@ from collections.abc import Callable
 import jax
 import ml_collections
 
+from advprop_jax.answers import row
 from advprop_jax.benchmarks.adversarial import main_norms
 from advprop_jax.benchmarks.contract import Pass, Subject, test_pass
 from advprop_jax.data import loader, transforms
 from advprop_jax.evaluate import conclude, subject_of
 from advprop_jax.experiment import Experiment, create_experiment, fresh_state, initial_state
-from advprop_jax.measure import Measurer, row
+from advprop_jax.measure import Measurer
 from advprop_jax.method.schemes import SECOND_VIEW
 from advprop_jax.method.state import TrainState
 from advprop_jax.method.step import train_step

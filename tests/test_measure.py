@@ -14,12 +14,20 @@ import pytest
 
 from advprop_jax import measure as measuring
 from advprop_jax import trained
+from advprop_jax.answers import (
+  Answers,
+  calibration_error,
+  fingerprint,
+  row,
+  rows_of_sets,
+  write_kept,
+)
 from advprop_jax.benchmarks import adversarial, contract, mce
 from advprop_jax.benchmarks.corruptions import corrupt
 from advprop_jax.errors import InputError
 from advprop_jax.evaluate import create_subject, draw, evaluate, measure, subject_of
 from advprop_jax.figures import sheet
-from advprop_jax.measure import Answers, Measurer, calibration_error, row, rows_of_sets
+from advprop_jax.measure import Measurer
 from advprop_jax.method.attack import PIXEL
 from advprop_jax.method.loss import cross_entropy
 from advprop_jax.method.measure import measure_step, shown_step
@@ -279,12 +287,12 @@ def test_interrupted_and_gone_on(subject, tmp_path, monkeypatch):
 
 
 KEY = """
-from advprop_jax import measure
+from advprop_jax import answers
 from advprop_jax.benchmarks.contract import test_pass
 from tests.test_measure import measurer_of, distinct_variables, small_experiment, subject_of
 subject = subject_of(small_experiment())
 one = test_pass(subject)
-print(measure.fingerprint(subject.model, subject.config, one,
+print(answers.fingerprint(subject.model, subject.config, one,
                           measurer_of(subject)._given({"params": {"x": 1.0}}, one)))
 """
 
@@ -303,12 +311,12 @@ def test_batches_of_another_size_go_on_too(subject, tmp_path):
   one, variables = contract.test_pass(subject), distinct_variables()
   file = tmp_path / "clean.npz"
   whole = measurer_of(subject).answers(variables, one)
-  key = measuring.fingerprint(subject.model, subject.config, one,
+  key = fingerprint(subject.model, subject.config, one,
                               measurer_of(subject)._given(variables, one))
   part = dataclasses.replace(whole, done=20, **{
       name: getattr(whole, name).copy() for name in ("top1", "top5", "loss", "confidence")})
   part.loss[20:] = 1e6
-  measuring.write_kept(file, key, part)
+  write_kept(file, key, part)
   again = measurer_of(subject).answers(variables, one, "clean", file)
   np.testing.assert_allclose(again.loss, whole.loss, rtol=1e-5)
 
