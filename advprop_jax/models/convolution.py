@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from advprop_jax.models.dense import dense
+from advprop_jax.models.dense import dense, pointwise
 from advprop_jax.models.depthwise import depthwise
 
 
@@ -85,7 +85,7 @@ class Pointwise(nn.Module):
     kernel = self.param("kernel", kernel_init, (1, 1, x.shape[-1], self.features), jnp.float32)
     # Two axes: the weight gradient of more than two copies its input, transposed, on the CPU.
     flat = x.astype(self.dtype).reshape(-1, x.shape[-1])
-    y = (flat @ kernel[0, 0].astype(self.dtype)).reshape(*x.shape[:-1], self.features)
+    y = pointwise(flat, kernel[0, 0].astype(self.dtype)).reshape(*x.shape[:-1], self.features)
     if self.use_bias:
       bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
       y += bias.astype(self.dtype)

@@ -118,6 +118,11 @@ def test_scale_channels_sums_bfloat16_in_float32():
   np.testing.assert_array_equal(of_scale.astype(jnp.float32), 4096)
 
 
+def gradient_of_kernel(x):
+  flat = x.reshape(-1, 3)
+  return jax.grad(lambda kernel: jnp.sum(dense.pointwise(flat, kernel)))(flat[:3, :2])
+
+
 def gradient_of_scale(x):
   return jax.grad(lambda scale: jnp.sum(scale_channels(x, scale)))(x[:, :1, :1])
 
@@ -128,7 +133,8 @@ def gradient_of_image(x):
 
 @pytest.mark.parametrize(("function", "fence"), [
     (channel_sums, "dot_general"), (gradient_of_scale, "dot_general"),
-    (once, "optimization_barrier"), (gradient_of_image, "optimization_barrier")])
+    (once, "optimization_barrier"), (gradient_of_image, "optimization_barrier"),
+    (gradient_of_kernel, "optimization_barrier")])
 def test_other_platforms_fuse_as_they_like(function, fence):
   """Fault: a program for a TPU that has to write and read what it would fuse."""
   def fenced(platform):
@@ -163,10 +169,13 @@ def test_pieces_and_blocks_are_what_these_shapes_are_cut_into():
   assert blocks == [4, 4, 4, 3, 64, 130, 128, 48, 32, 331]
 
 
-def test_pointwise():
-  x, kernel = arrays((3, 5, 4, 6), (1, 1, 6, 7))
+# (images, height, width, channels), features; in the second the weight gradient is transposed.
+@pytest.mark.parametrize(("shape", "features"), [((3, 5, 4, 6), 7), ((3, 5, 4, 6), 2),
+                                                 ((1, 2, 2, 6), 2)])
+def test_pointwise(shape, features):
+  x, kernel = arrays(shape, (1, 1, shape[-1], features))
   require_equal(
-      lambda x, kernel: convolution.Pointwise(7, dtype=jnp.float64).apply(
+      lambda x, kernel: convolution.Pointwise(features, dtype=jnp.float64).apply(
           {"params": {"kernel": kernel}}, x),
       lambda x, kernel: jax.lax.conv_general_dilated(
           x, kernel, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")), x, kernel)
