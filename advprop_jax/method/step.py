@@ -127,14 +127,19 @@ def pass_gradient(method: Method, params: dict, batch_stats: dict, parts: dict,
 
 
 def after(results, part: dict) -> dict:
-  """A part, with the same values, whose images are there only when all of the results are.
+  """A part, with the same values, whose images are there only when the results are.
 
   XLA on the CPU by default drops barriers, and orders what is independent as it likes. It does not
-  know that no sum of squares is -1: here of one number of each array, and summed up `once`, as it
-  otherwise would be again for each pixel.
+  know that no sum of squares is -1. The sum is of one number of each result: none is there before
+  the product, or the sum over images, that makes all numbers of its array. It is added
+  up `once`: in one operation with the images it would be again for each pixel.
+
+  Args:
+    results: real arrays, none of them empty, in lists and dictionaries; at least one.
+    part: {"image": (n, h, w, 3), ...}.
   """
-  one_of_each = jnp.stack([x.reshape(-1)[0] for x in jax.tree.leaves(results)])
-  nothing = once(jnp.sum(jnp.square(one_of_each)) == -1).astype(part["image"].dtype)
+  numbers = jnp.stack([x.reshape(-1)[0] for x in jax.tree.leaves(results)])
+  nothing = once(jnp.sum(jnp.square(numbers)) == -1).astype(part["image"].dtype)
   return {**part, "image": part["image"] + nothing}
 
 

@@ -1,4 +1,4 @@
-"""Dense and pointwise convolution, fast on each platform.
+"""Dense convolution, fast on each platform, and its special case of one pixel.
 
 The dense one has two forms. On the CPU XLA has one fast routine, for channels last in images and
 kernels. The compiled program moves the axes of a gradient to suit it, but only outside of loops: in
@@ -150,10 +150,14 @@ def _dense_padding(shape, size, stride, symmetric):
 
 @jax.custom_vjp
 def pointwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
-  """A 1 x 1 convolution, as the matrix product that it is: (pixels, c) @ (c, features).
+  """A 1 x 1 convolution, as the matrix product that it is. Reverse-mode derivatives only.
 
-  Reverse-mode derivatives only. The library that has the CPU's products takes 1.3 to 2.4 times as
-  long for the weight gradient where the wider of image and gradient is the one to be transposed.
+  Args:
+    x: (pixels, c), those of all images.
+    kernel: (c, features), of x's type.
+
+  Returns:
+    (pixels, features), of x's type.
   """
   return x @ kernel
 
@@ -164,7 +168,9 @@ def _pointwise_forward(x, kernel):
 
 def _pointwise_backward(inputs, gradient):
   x, kernel = inputs
-  if len(x) > kernel.shape[0] > kernel.shape[1]:       # of few pixels it is the other way round
+  if len(x) > kernel.shape[0] > kernel.shape[1]:
+    # XLA's product on the CPU is slow where the wider one of the two is transposed, if there are
+    # many pixels: 1.3 to 2.4 times as long. `once`, or XLA would make x.T @ gradient of it.
     of_kernel = once(gradient.T @ x).T
   else:
     of_kernel = x.T @ gradient

@@ -1,4 +1,4 @@
-"""Where a train step's time goes: its longest operations, and its time by layer.
+"""Where a train step's time goes: its longest operations, those that are slow, its time by layer.
 
   python -m tests.benchmarks.profile --network=efficientnet_b0 --size=128 --batch=16 --cases=pgd5
 
@@ -6,6 +6,9 @@ Runs a few steps under jax.profiler. Milliseconds of a step are those that one t
 operation; XLA's threads share most operations, and all finish at nearly the same time. A
 convolution that XLA does not give to its fast routine runs on threads that the profiler does not
 see: `untraced`.
+
+Slow is what takes longer than memory needs for what the operation reads and writes, matrix products
+and convolutions aside: a sum, say, that is added up again for each number of the result.
 """
 
 import collections
@@ -16,13 +19,16 @@ import tempfile
 import jax
 from absl import app, flags
 
+from advprop_jax.runtime import hlo
 from advprop_jax.runtime.memory import keep_freed_memory
 from advprop_jax.runtime.xla_flags import set_flags
 from tests.benchmarks.step import build
 
 _TOP = flags.DEFINE_integer("top", 10, "operations to be printed")
+_MEMORY = flags.DEFINE_float("memory", 45, "what memory gives, GB/s, to tell which are slow")
 _STEPS = flags.DEFINE_integer("steps", 5, "steps to be profiled")
 
+PRODUCTS = ("dot_general", "conv_general_dilated", "transpose")
 CONTAINERS = ("while", "conditional", "call", "cond")   # their time is that of what is in them
 LAYERS = {"squeeze_excite": "squeeze and excite", "depthwise/": "depthwise",
           "stem/": "stem's convolution", "dot_general": "1 x 1", "conv_general": "convolution",
@@ -33,6 +39,16 @@ def operations(text: str) -> dict[str, tuple[str, str]]:
   """{operation: (shape of its result, where it stands in the code)} of a compiled program."""
   pattern = r'^\s*(?:ROOT )?%?([\w.\-]+) = (\S+?)[{ ].*?op_name="([^"]*)"'
   return {name: (shape, place) for name, shape, place in re.findall(pattern, text, re.MULTILINE)}
+
+
+def traffic(text: str) -> dict[str, float]:
+  """{operation: bytes that it reads and writes in a step}, each operand in full."""
+  found = collections.Counter()
+  for visit in hlo.visits(hlo.parse(text)):
+    if visit.instruction.opcode != "constant":
+      arrays = (visit.instruction.type, *visit.operand_types)
+      found[visit.instruction.name] += (visit.times or 1) * sum(map(hlo.num_bytes, arrays))
+  return found
 
 
 def profiled(run, steps: int) -> tuple[dict[str, float], float]:
@@ -82,9 +98,15 @@ def main(argv):
     times, idle = profiled(run, _STEPS.value)
     places, total = operations(compiled.as_text()), sum(times.values()) + idle
     print(f"{case}: {total:.0f} ms of a step")
-    for name, value in collections.Counter(times).most_common(_TOP.value):
-      shape, place = places.get(name, ("", ""))
-      print(f"{value:8.1f} ms {value / total:6.1%}  {name}  {shape}  {place[-90:]}")
+    moved = traffic(compiled.as_text())
+    slow = {name: value - moved[name] / _MEMORY.value / 1e6 for name, value in times.items()
+            if not places.get(name, ("", ""))[1].endswith(PRODUCTS)}
+    for title, values in {"longest": times, "beyond what memory needs": slow}.items():
+      print(title)
+      for name, value in collections.Counter(values).most_common(_TOP.value):
+        shape, place = places.get(name, ("", ""))
+        print(f"{value:8.2f} ms {value / total:6.1%}  {name}  {shape}  {place[-90:]}")
+    print("by layer")
     layers = collections.Counter({"untraced": idle})
     for name, value in times.items():
       layers[kind(places.get(name, ("", ""))[1])] += value

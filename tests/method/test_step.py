@@ -15,6 +15,7 @@ from advprop_jax.method.schemes import SCHEMES
 from advprop_jax.method.state import create_train_state
 from advprop_jax.method.step import (
   Method,
+  after,
   attack_images,
   forward,
   passes,
@@ -129,6 +130,19 @@ def test_passes_are_one_pass_of_both_domains(shared):
   assert len(passes(method.scheme, model)) == (1 if shared else 2)
   assert_close(jnp.concatenate([logits["clean"], logits["adversarial"]]), expected)
   assert_close(moved, expected_moved)
+
+
+def test_what_comes_after_waits_for_all_results_and_is_the_same():
+  """Fault: a result that the images do not hang on, which may then be computed beside them."""
+  rng = np.random.default_rng(0)
+  image = rng.uniform(-1, 1, (2, 4, 4, 3)).astype(np.float32)
+  results = [{"a": np.full((3, 2), -1.0, np.float32), "b": np.full((5,), np.nan, np.float32)},
+             [np.float32(np.inf) * np.ones((1, 2, 3), np.float32)]]
+  wait = jax.jit(lambda results, image: after(results, {"image": image, "label": 3})["image"])
+  np.testing.assert_array_equal(wait(results, image), image)
+  signature = next(line for line in wait.lower(results, image).as_text().splitlines()
+                   if "@main" in line)
+  assert signature.count("%arg") == 4      # what nothing hangs on is left out
 
 
 def test_weights_of_the_losses(advprop):
