@@ -199,8 +199,11 @@ def _statistics(parts, pooled):
 
 
 def _per_part(value, parts):
-  """(domains, channels) in a shape that goes with parts."""
-  return value.reshape(len(parts), *[1] * (parts.ndim - 2), parts.shape[-1])
+  """(domains, channels) in a shape that goes with parts.
+
+  `once`, or the CPU computes what each channel is multiplied by again for each pixel.
+  """
+  return once(value).reshape(len(parts), *[1] * (parts.ndim - 2), parts.shape[-1])
 
 
 def statistics_collection(domain: str, domains: Sequence[str], shared: bool = False) -> str:
