@@ -74,7 +74,7 @@ class Network(nn.Module):
     drop = functools.partial(Dropout, domains=self.domains, axis_name=self.axis_name)
 
     x = self.features(normalised(images, self.input_convention), domains, train, norm, drop)
-    x = once(x)     # or the CPU makes the last activation within the mean, 4 times as slowly
+    x = once(x)     # or the CPU's library makes the last activation, slowly, within the mean
     x = jnp.mean(x.astype(jnp.float32), (1, 2))
     x = drop(_own(net.dropout_rate, self.dropout_rate))(x, domains)
     return nn.Dense(self.num_classes, kernel_init=self.classifier_init, name="classifier")(x)
