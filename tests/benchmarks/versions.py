@@ -5,7 +5,7 @@
       --batch=64 --classes=10 --cases=vanilla,pgd1,pgd5
 
 Two processes of one code differ by a few per cent, for as long as they run: most changes of a step
-gain less. Each checkout has the step that its own tests.benchmarks.step builds. One JSON line per
+gain less. Each checkout has the step that its own tests.benchmarks.step creates. One JSON line per
 case: milliseconds of a step, the median and the 10th percentile, before and now, and the ratio of
 both (now / before).
 """
@@ -17,7 +17,6 @@ import statistics
 import sys
 import time
 
-import jax
 from absl import app, flags
 
 from advprop_jax.runtime.memory import keep_freed_memory
@@ -30,30 +29,21 @@ _SECONDS = flags.DEFINE_float("seconds", 40, "how long")
 STEPS = 4       # of a turn, behind one that is not counted
 
 
-def created(build, case):
-  """A function that takes one step and returns its milliseconds."""
-  compiled, state, batch = build(case)
-  compiled = compiled.lower(state, batch).compile()
-
-  def run():
-    nonlocal state
-    start = time.perf_counter()
-    state, metrics = compiled(state, batch)
-    jax.block_until_ready((state, metrics))
-    return 1e3 * (time.perf_counter() - start)
-
+def milliseconds(run) -> float:
+  """What one step takes."""
+  start = time.perf_counter()
   run()
-  return run
+  return 1e3 * (time.perf_counter() - start)
 
 
-def build_of(checkout: pathlib.Path):
-  """`build` of that checkout's tests.benchmarks.step, in the place of this code's."""
+def create_of(checkout: pathlib.Path):
+  """`create` of that checkout's tests.benchmarks.step, in the place of this code's."""
   for name in [name for name in sys.modules if name.partition(".")[0] in ("advprop_jax", "tests")]:
     del sys.modules[name]
   sys.path.insert(0, str(checkout))
   module = importlib.import_module("tests.benchmarks.step")
   assert checkout in pathlib.Path(module.__file__).parents, module.__file__
-  return module.build
+  return module.create
 
 
 def main(argv):
@@ -61,9 +51,9 @@ def main(argv):
   set_flags()
   keep_freed_memory()
   cases = flags.FLAGS.cases
-  now = {case: created(step.build, case) for case in cases}
-  build = build_of(pathlib.Path(_BEFORE.value).resolve())
-  versions = {"now": now, "before": {case: created(build, case) for case in cases}}
+  now = {case: step.create(case)[0] for case in cases}
+  create = create_of(pathlib.Path(_BEFORE.value).resolve())
+  versions = {"now": now, "before": {case: create(case)[0] for case in cases}}
   times = {case: {version: [] for version in versions} for case in cases}
   end = time.perf_counter() + _SECONDS.value
   while time.perf_counter() < end:
@@ -71,7 +61,7 @@ def main(argv):
     for case in cases:
       for version, runs in versions.items():
         runs[case]()
-        times[case][version] += [runs[case]() for _ in range(STEPS)]
+        times[case][version] += [milliseconds(runs[case]) for _ in range(STEPS)]
   for case in cases:
     found = {version: {"median": statistics.median(measured),
                        "p10": statistics.quantiles(measured, n=10)[0]}
