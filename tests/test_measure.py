@@ -311,8 +311,7 @@ def test_batches_of_another_size_go_on_too(subject, tmp_path):
   one, variables = contract.test_pass(subject), distinct_variables()
   file = tmp_path / "clean.npz"
   whole = measurer_of(subject).answers(variables, one)
-  key = fingerprint(subject.model, subject.config, one,
-                              measurer_of(subject)._given(variables, one))
+  key = fingerprint(subject.model, subject.config, one, measurer_of(subject)._given(variables, one))
   part = dataclasses.replace(whole, done=20, **{
       name: getattr(whole, name).copy() for name in ("top1", "top5", "loss", "confidence")})
   part.loss[20:] = 1e6

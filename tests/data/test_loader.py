@@ -141,7 +141,10 @@ def test_who_finishes_batches(settings, own):
   threads.clear()
   for one, other in zip(take(finished, 3), take(training(), 3), strict=True):
     assert_same(one, {**other, "label": other["label"] + 100})
-  assert (threading.get_ident() in threads) == own
+  if own:
+    assert threads == {threading.get_ident()}
+  else:
+    assert threading.get_ident() not in threads
 
 
 def test_batches_to_evaluate_are_finished():
