@@ -24,6 +24,8 @@ from advprop_jax.models.channels import once
 from advprop_jax.models.dropout import image_keys
 from advprop_jax.models.network import Network
 
+_SMALL = 4096                          # numbers of an array; larger ones are summed on their own
+
 
 @dataclasses.dataclass(frozen=True)
 class Method:
@@ -95,7 +97,7 @@ def train_step(method: Method, state: TrainState, batch: dict) -> tuple[TrainSta
   batch_stats, (gradient, metrics) = mean_over_devices((batch_stats, averages), method.axis_name)
   if method.scheme.per_image:
     gradient = mean_over_images(gradient, method.scheme)
-  metrics["gradient_norm"] = optax.tree.norm(gradient)
+  metrics["gradient_norm"] = norm(gradient)
   return update(method, state, gradient, batch_stats), metrics
 
 
@@ -129,18 +131,24 @@ def pass_gradient(method: Method, params: dict, batch_stats: dict, parts: dict,
 def after(results, part: dict) -> dict:
   """A part, with the same values, whose images are there only when the results are.
 
-  XLA on the CPU by default drops barriers, and orders what is independent as it likes. It does not
-  know that no sum of squares is -1. The sum is of one number of each result: none is there before
-  the product, or the sum over images, that makes all numbers of its array. It is added
-  up `once`: in one operation with the images it would be again for each pixel.
-
   Args:
     results: real arrays, none of them empty, in lists and dictionaries; at least one.
     part: {"image": (n, h, w, 3), ...}.
   """
+  return {**part, "image": jax.lax.platform_dependent(
+      results, part["image"], cpu=_after_barrier, default=_after_numbers)}
+
+
+def _after_barrier(results, image):
+  """Of the CPU, where XLA keeps barriers if it is told to: runtime/xla_flags.py."""
+  return jax.lax.optimization_barrier((results, image))[1]
+
+
+def _after_numbers(results, image):
+  """XLA does not know that no sum of squares is -1. One number of each result will do: none is
+  there before the product, or the sum over images, that makes all numbers of its array."""
   numbers = jnp.stack([x.reshape(-1)[0] for x in jax.tree.leaves(results)])
-  nothing = once(jnp.sum(jnp.square(numbers)) == -1).astype(part["image"].dtype)
-  return {**part, "image": part["image"] + nothing}
+  return image + (jnp.sum(jnp.square(numbers)) == -1).astype(image.dtype)
 
 
 def weighted(scheme: Scheme, losses: dict[str, jax.Array]) -> jax.Array:
@@ -323,6 +331,21 @@ def step_metrics(scheme: Scheme, losses: dict, starts: dict, logits: dict, parts
   return {"loss": weighted(scheme, losses) + sum(part for part, _ in starts.values()),
           **{f"loss/{name}": losses[name] for name in losses},
           **{f"loss/{name}_start": loss for name, (_, loss) in starts.items()}, **accuracy}
+
+
+def norm(tree: dict) -> jax.Array:
+  """The L2 norm of all numbers of all arrays: a scalar.
+
+  On the CPU small arrays, most of a network's, are put into one: XLA makes three operations of each
+  sum, and compiles them for each shape.
+  """
+  def of_few(tree):
+    arrays = [x.reshape(-1) for x in jax.tree.leaves(tree)]
+    small = [x for x in arrays if x.size <= _SMALL]
+    large = [x for x in arrays if x.size > _SMALL]
+    return optax.tree.norm([once(jnp.concatenate(small)) if small else [], *large])
+
+  return jax.lax.platform_dependent(tree, cpu=of_few, default=optax.tree.norm)
 
 
 def mean_over_devices(tree, axis_name: str | None):

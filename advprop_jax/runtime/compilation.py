@@ -36,7 +36,7 @@ from advprop_jax.runtime.metrics import write_bytes
 MAX_BYTES = 2**30                      # of JAX's cache, and of ours; what was used longest ago goes
 MIN_SECONDS = 0.5                      # of compiling; shorter ones are not worth a file
 _SETTLED = 10.0                        # seconds that code is old when this module is loaded
-_FORMAT = 2            # of files; to be raised where a function's compiler options change, too
+_FORMAT = 3            # of files; to be raised where a function's compiler options change, too
 _SETTINGS = ("JAX_", "XLA_", "LIBTPU_", "TPU_", "CUDA_", "TF_", "FLAX_")   # of the environment
 _FOUND = "/jax/compilation_cache/cache_hits"
 _START = time.time()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 
+from advprop_jax.method import step
 from advprop_jax.method.attack import Attack
 from advprop_jax.method.loss import cross_entropy
 from advprop_jax.method.schemes import SCHEMES
@@ -18,6 +20,7 @@ from advprop_jax.method.step import (
   after,
   attack_images,
   forward,
+  norm,
   passes,
   to_model_units,
   train_step,
@@ -139,10 +142,26 @@ def test_what_comes_after_waits_for_all_results_and_is_the_same():
   results = [{"a": np.full((3, 2), -1.0, np.float32), "b": np.full((5,), np.nan, np.float32)},
              [np.float32(np.inf) * np.ones((1, 2, 3), np.float32)]]
   wait = jax.jit(lambda results, image: after(results, {"image": image, "label": 3})["image"])
-  np.testing.assert_array_equal(wait(results, image), image)
-  signature = next(line for line in wait.lower(results, image).as_text().splitlines()
-                   if "@main" in line)
-  assert signature.count("%arg") == 4      # what nothing hangs on is left out
+  for form in (wait, jax.jit(step._after_barrier), jax.jit(step._after_numbers)):
+    np.testing.assert_array_equal(form(results, image), image)
+  for platform, barriers in (("cpu", 1), ("tpu", 0), ("cuda", 0)):
+    program = wait.trace(results, image).lower(lowering_platforms=(platform,)).as_text()
+    signature = next(line for line in program.splitlines() if "@main" in line)
+    assert signature.count("%arg") == 4    # what nothing hangs on is left out
+    assert program.count("optimization_barrier") == barriers
+
+
+@pytest.mark.parametrize("shapes", [[(3, 5), (64, 65), (7,), (4096,), (4097,)], [(5,)], [(70, 70)]])
+def test_norm_of_small_and_large_arrays(shapes):
+  """Fault: an array left out or counted twice, or one number that is not finite left out."""
+  rng = np.random.default_rng(0)
+  tree = {str(i): rng.normal(size=shape).astype(np.float32) for i, shape in enumerate(shapes)}
+  numbers = np.concatenate([x.reshape(-1) for x in tree.values()])
+  np.testing.assert_allclose(jax.jit(norm)(tree), np.linalg.norm(numbers.astype(np.float64)), 1e-6)
+  for name, bad in itertools.product(tree, (np.nan, np.inf)):
+    spoiled = tree | {name: tree[name].copy()}
+    spoiled[name].flat[-1] = bad
+    np.testing.assert_equal(float(jax.jit(norm)(spoiled)), bad)
 
 
 def test_weights_of_the_losses(advprop):
