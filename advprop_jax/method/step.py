@@ -131,24 +131,18 @@ def pass_gradient(method: Method, params: dict, batch_stats: dict, parts: dict,
 def after(results, part: dict) -> dict:
   """A part, with the same values, whose images are there only when the results are.
 
+  XLA on the CPU by default drops barriers, and orders what is independent as it likes. It does not
+  know that no sum of squares is -1. The sum is of one number of each result: none is there before
+  the product, or the sum over images, that makes all numbers of its array. It is added
+  up `once`: in one operation with the images it would be again for each pixel.
+
   Args:
     results: real arrays, none of them empty, in lists and dictionaries; at least one.
     part: {"image": (n, h, w, 3), ...}.
   """
-  return {**part, "image": jax.lax.platform_dependent(
-      results, part["image"], cpu=_after_barrier, default=_after_numbers)}
-
-
-def _after_barrier(results, image):
-  """Of the CPU, where XLA keeps barriers if it is told to: runtime/xla_flags.py."""
-  return jax.lax.optimization_barrier((results, image))[1]
-
-
-def _after_numbers(results, image):
-  """XLA does not know that no sum of squares is -1. One number of each result will do: none is
-  there before the product, or the sum over images, that makes all numbers of its array."""
   numbers = jnp.stack([x.reshape(-1)[0] for x in jax.tree.leaves(results)])
-  return image + (jnp.sum(jnp.square(numbers)) == -1).astype(image.dtype)
+  nothing = once(jnp.sum(jnp.square(numbers)) == -1).astype(part["image"].dtype)
+  return {**part, "image": part["image"] + nothing}
 
 
 def weighted(scheme: Scheme, losses: dict[str, jax.Array]) -> jax.Array:
@@ -334,7 +328,7 @@ def step_metrics(scheme: Scheme, losses: dict, starts: dict, logits: dict, parts
 
 
 def norm(tree: dict) -> jax.Array:
-  """The L2 norm of all numbers of all arrays: a scalar.
+  """The L2 norm of all numbers of all arrays, of one floating type: a scalar.
 
   On the CPU small arrays, most of a network's, are put into one: XLA makes three operations of each
   sum, and compiles them for each shape.

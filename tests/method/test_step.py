@@ -10,7 +10,6 @@ import numpy as np
 import optax
 import pytest
 
-from advprop_jax.method import step
 from advprop_jax.method.attack import Attack
 from advprop_jax.method.loss import cross_entropy
 from advprop_jax.method.schemes import SCHEMES
@@ -142,13 +141,10 @@ def test_what_comes_after_waits_for_all_results_and_is_the_same():
   results = [{"a": np.full((3, 2), -1.0, np.float32), "b": np.full((5,), np.nan, np.float32)},
              [np.float32(np.inf) * np.ones((1, 2, 3), np.float32)]]
   wait = jax.jit(lambda results, image: after(results, {"image": image, "label": 3})["image"])
-  for form in (wait, jax.jit(step._after_barrier), jax.jit(step._after_numbers)):
-    np.testing.assert_array_equal(form(results, image), image)
-  for platform, barriers in (("cpu", 1), ("tpu", 0), ("cuda", 0)):
-    program = wait.trace(results, image).lower(lowering_platforms=(platform,)).as_text()
-    signature = next(line for line in program.splitlines() if "@main" in line)
-    assert signature.count("%arg") == 4    # what nothing hangs on is left out
-    assert program.count("optimization_barrier") == barriers
+  np.testing.assert_array_equal(wait(results, image), image)
+  signature = next(line for line in wait.lower(results, image).as_text().splitlines()
+                   if "@main" in line)
+  assert signature.count("%arg") == 4      # what nothing hangs on is left out
 
 
 @pytest.mark.parametrize("shapes", [[(3, 5), (64, 65), (7,), (4096,), (4097,)], [(5,)], [(70, 70)]])

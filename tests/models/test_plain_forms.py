@@ -8,8 +8,10 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+from advprop_jax.method.step import norm
 from advprop_jax.models import convolution, dense, depthwise
 from advprop_jax.models.activation import swish
 from advprop_jax.models.batch_norm import BatchNorm, affine_map, normalise
@@ -131,10 +133,15 @@ def gradient_of_image(x):
   return jax.grad(lambda x: jnp.sum(dense.dense(x, jnp.ones((3, 3, 3, 4), x.dtype), 2)))(x)
 
 
+def norm_of_two(x):
+  return norm([x, x])
+
+
 @pytest.mark.parametrize(("function", "fence"), [
     (channel_sums, "dot_general"), (gradient_of_scale, "dot_general"),
     (once, "optimization_barrier"), (gradient_of_image, "optimization_barrier"),
-    (gradient_of_kernel, "optimization_barrier")])
+    (gradient_of_kernel, "optimization_barrier"), (norm, "optimization_barrier"),
+    (norm_of_two, "concatenate")])
 def test_other_platforms_fuse_as_they_like(function, fence):
   """Fault: a program for a TPU that has to write and read what it would fuse."""
   def fenced(platform):
@@ -143,6 +150,11 @@ def test_other_platforms_fuse_as_they_like(function, fence):
 
   assert {platform: fenced(platform) for platform in ("cpu", "tpu", "cuda")} == {
       "cpu": True, "tpu": False, "cuda": False}
+
+
+@pytest.mark.parametrize("shapes", [[(3, 5), (64, 65), (7,)], [(5,)], [(70, 70), (4097,)]])
+def test_norm_of_small_and_large_arrays(shapes):
+  require_equal(lambda *tree: norm(tree), lambda *tree: optax.tree.norm(tree), *arrays(*shapes))
 
 
 # (images, height, width, channels), kernel, stride. Three are cut into bands of rows, then two into
