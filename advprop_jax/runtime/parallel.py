@@ -48,8 +48,8 @@ def hurried(create: Callable) -> Callable:
   """A function that runs once, jitted in a hurry.
 
   On the CPU, where a fresh state takes a second and its compilation took half a minute, XLA is told
-  not to optimise, and to make fused operations in the older of its two ways: both need less of the
-  compiler, and give the same bits (tests/benchmarks/README.md).
+  not to optimise, and to make fused operations in the older of its two ways, which needs less of
+  the compiler and gives the same bits (measured: tests/benchmarks/README.md).
   """
   hurry = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
   return jax.jit(create, compiler_options=hurry if jax.default_backend() == "cpu" else None)
