@@ -27,6 +27,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 from advprop_jax.models.channels import channel_sums, once
+from advprop_jax.models.parameter import parameter
 from advprop_jax.models.precision import wide
 
 
@@ -92,8 +93,8 @@ class BatchNorm(nn.Module):
 
     def affine(domain):
       suffix = _suffix(domain, self.domains)
-      return (self.param("scale" + suffix, self.scale_init, (channels,), jnp.float32),
-              self.param("bias" + suffix, nn.initializers.zeros, (channels,), jnp.float32))
+      return (parameter(self, "scale" + suffix, self.scale_init, (channels,)),
+              parameter(self, "bias" + suffix, nn.initializers.zeros, (channels,)))
 
     statistics = each_domain(running, self.share_statistics)
     scale, bias = map(jnp.stack, zip(*each_domain(affine, self.share_affine), strict=True))

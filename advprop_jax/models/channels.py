@@ -45,6 +45,7 @@ def _sums_of_neighbours(x):
   return (jnp.ones((x.shape[0], 1, x.shape[1]), x.dtype) @ x)[:, 0]
 
 
+@jax.jit
 def once(x: jax.Array) -> jax.Array:
   """x, which the CPU computes once and keeps, and not again in each operation that reads it.
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from advprop_jax.models.dense import dense, pointwise
 from advprop_jax.models.depthwise import depthwise
+from advprop_jax.models.parameter import parameter
 
 
 def kernel_init(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -> jax.Array:
@@ -63,7 +64,7 @@ class Convolution(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
-    kernel = self.param("kernel", kernel_init, shape, jnp.float32)
+    kernel = parameter(self, "kernel", kernel_init, shape)
     return dense(x.astype(self.dtype), kernel.astype(self.dtype), self.stride, self.symmetric)
 
 
@@ -82,12 +83,13 @@ class Pointwise(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    kernel = self.param("kernel", kernel_init, (1, 1, x.shape[-1], self.features), jnp.float32)
+    kernel = parameter(self, "kernel", kernel_init, (1, 1, x.shape[-1], self.features))
     # Two axes: the weight gradient of more than two copies its input, transposed, on the CPU.
     flat = x.astype(self.dtype).reshape(-1, x.shape[-1])
-    y = pointwise(flat, kernel[0, 0].astype(self.dtype)).reshape(*x.shape[:-1], self.features)
+    y = pointwise(flat, kernel.reshape(kernel.shape[2:]).astype(self.dtype))
+    y = y.reshape(*x.shape[:-1], self.features)
     if self.use_bias:
-      bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
+      bias = parameter(self, "bias", nn.initializers.zeros, (self.features,))
       y += bias.astype(self.dtype)
     return y
 
@@ -108,5 +110,5 @@ class Depthwise(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     shape = (self.kernel_size, self.kernel_size, 1, x.shape[-1])
-    kernel = self.param("kernel", depthwise_kernel_init, shape, jnp.float32)
+    kernel = parameter(self, "kernel", depthwise_kernel_init, shape)
     return depthwise(x.astype(self.dtype), kernel.astype(self.dtype), self.stride)

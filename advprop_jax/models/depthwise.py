@@ -149,11 +149,12 @@ def _shifted_kernel_gradient(gradient, x, stride, shape):
   rows = height // bands
 
   def tap(x, gradient, i, j):
-    products = sum(
-        window(image, i + band * rows * stride, j, rows, width, stride)
-        * window(of_image, band * rows, 0, rows, width, 1)
+    # `lax`, as here Python's operators would take a twentieth of the time to trace a train step.
+    products = functools.reduce(jax.lax.add, [
+        jax.lax.mul(window(image, i + band * rows * stride, j, rows, width, stride),
+                    window(of_image, band * rows, 0, rows, width, 1))
         for image, of_image in zip(x, gradient, strict=True)
-        for band in range(bands)).reshape(-1, shape[3])
+        for band in range(bands)]).reshape(-1, shape[3])
     return (jnp.ones((1, len(products)), products.dtype) @ products)[0]
 
   def add(total, first):
