@@ -3,6 +3,8 @@
   python -m advprop_jax.main --config=configs/quickstart.py --workdir=DIR
 """
 
+import atexit
+import gc
 import importlib
 import signal
 import sys
@@ -50,6 +52,7 @@ def main(argv: list[str]) -> None:
 def run() -> None:
   """The command line: an InputError ends in its sentence and exit code, without a traceback."""
   keep_freed_memory()
+  atexit.register(gc.freeze)           # or Python would look for garbage as it ends: half a second
   set_flags()
   keep_compiled()
   for stream in (sys.stdout, sys.stderr):   # names of files may be what they cannot encode

@@ -250,7 +250,7 @@ def test_what_is_compiled_beside_what(steps, compiling, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "Program", Noted)
   if compiling:
     def slowly(work, beside=compilation._beside):
-      return beside(lambda: (time.sleep(1), work())[1])
+      return beside(lambda give: (time.sleep(1), work(give)))
 
     monkeypatch.setattr(compilation, "_beside", slowly)
   else:

@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
-import scipy.io
+import scipy  # whose .io is loaded when it is asked for
 
 from advprop_jax.data.imagenet import LABELS
 from advprop_jax.data.sources import listed

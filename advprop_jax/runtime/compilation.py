@@ -129,7 +129,7 @@ class Program:
     """What will be the program, and the shapes of what it gives."""
     if not _folders:
       lowered = self._traced(args)
-      return _beside(lowered.compile), lowered.out_info
+      return _beside(lambda give: give(lowered.compile())), lowered.out_info
     settings, shapes, sources = _settings(), _shapes(args), None
     if self._made_of is not None:
       sources = self._file("json", [settings, self._made_of, shapes, _packages()])
@@ -140,7 +140,7 @@ class Program:
         return program, found.out_info
     lowered = self._traced(args)
     file = self._file("program", [settings, shapes, lowered.as_text()])
-    return _beside(lambda: _kept(lowered, file, sources)), lowered.out_info
+    return _beside(lambda give: _keep(lowered, file, sources, give)), lowered.out_info
 
   def _traced(self, args: tuple) -> Any:
     """As `jax.jit` lowers it. Python does not look for garbage meanwhile: a fifth of the time."""
@@ -156,14 +156,25 @@ class Program:
     return _folders[0] / f"{self._name}-{_hash(facts)}.{kind}"
 
 
-def _beside(work: Callable[[], Any]) -> futures.Future:
-  """What the work gives, which a thread of its own does."""
-  thread = futures.ThreadPoolExecutor(1, "compiles")
-  future = thread.submit(work)
-  thread.shutdown(wait=False)
-  _compiling.append(future)
-  future.add_done_callback(_compiling.remove)
-  return future
+def _beside(work: Callable[[Callable[[Any], None]], None]) -> futures.Future:
+  """What the work, which a thread of its own does, gives to the function that it is called with.
+
+  It may go on after that, and Python waits for it before it ends.
+  """
+  given = futures.Future()
+
+  def run():
+    try:
+      work(given.set_result)
+    except BaseException as error:
+      if given.done():                 # nobody would ask again: Python prints it
+        raise
+      given.set_exception(error)
+
+  _compiling.append(given)
+  given.add_done_callback(_compiling.remove)
+  threading.Thread(target=run, name="compiles").start()
+  return given
 
 
 def is_compiling() -> bool:
@@ -173,21 +184,29 @@ def is_compiling() -> bool:
   return any(not future.done() for future in list(_compiling))
 
 
-def _kept(lowered: Any, file: pathlib.Path, sources: pathlib.Path | None) -> Callable:
-  """The program of what was traced; what is missing of its files is written."""
-  program = _read(file) or _compiled(lowered, file)
+def _keep(lowered: Any, file: pathlib.Path, sources: pathlib.Path | None,
+          give: Callable[[Callable], None]) -> None:
+  """Gives the program of what was traced, and then writes what is missing of its files.
+
+  A program may run while it is written, which takes a second.
+  """
+  program, is_new = _read(file), False
+  if program is None:
+    program, is_new = _compiled(lowered)
+  give(program)
+  if is_new:
+    _write_program(file, program)
   code = _code() if sources else {}
   if code and _is_in_files(code):
     _write(sources, json.dumps({"code": code, "program": file.name}).encode())
   _forget_oldest(file.parent)
-  return program
 
 
 def _named_by(sources: pathlib.Path) -> pathlib.Path | None:
   """The file of the program that was made of the code that this process runs; None if unknown."""
-  loaded = _code()
   try:
     known = json.loads(sources.read_bytes())
+    loaded = _code()
     same = _is_in_files(loaded) and _is_loaded(known["code"], loaded)
     os.utime(sources)                  # used last
     return sources.with_name(known["program"]) if same else None
@@ -211,24 +230,25 @@ def _read(file: pathlib.Path | None) -> Callable | None:
   return program
 
 
-def _compiled(lowered: Any, file: pathlib.Path) -> Callable:
-  """Compiles, and keeps the program, where it can be written.
+def _compiled(lowered: Any) -> tuple[Callable, bool]:
+  """The program, and whether it is a new one: not one that JAX had kept.
 
   JAX must not keep it too: a program for the CPU that it has loaded is not whole when it is
   written.
   """
   _heard.found = False
   with persistent_cache_min_compile_time_secs(math.inf):   # on this thread alone
-    program = lowered.compile()
-  if _heard.found:                     # kept by JAX before
-    return program
+    return lowered.compile(), not _heard.found
+
+
+def _write_program(file: pathlib.Path, program: Any) -> None:
+  """Writes a program; nothing where that cannot be."""
   try:
     devices = [device.id for device in program.runtime_executable().local_devices()]
     content = pickle.dumps((devices, serialize_executable.serialize(program)))
   except Exception:                    # of whatever type: some programs cannot be written
-    return program
+    return
   _write(file, content)
-  return program
 
 
 def _write(file: pathlib.Path, content: bytes) -> None:

@@ -147,6 +147,9 @@ class Lowered:
   def __init__(self, compile_it):
     self.compile = compile_it
 
+  def as_text(self):
+    return "its text"
+
 
 def a_program(compile_it, lower=None):
   return compilation.Program(
@@ -198,12 +201,11 @@ def test_garbage_is_looked_for_again_after_a_trace_that_fails(monkeypatch):
   assert (looked, gc.isenabled()) == ([False], True)
 
 
-def test_only_what_is_kept_here_is_not_kept_by_jax(tmp_path, monkeypatch):
+def test_only_what_is_kept_here_is_not_kept_by_jax():
   """Fails where JAX keeps nothing of other threads while a program is compiled, or afterwards, or
   where a program of theirs that JAX has found is taken for this one."""
   setting, program = persistent_cache_min_compile_time_secs, jax.jit(lambda: 1).lower().compile()
-  before, seen, written = setting.get_global(), [], []
-  monkeypatch.setattr(compilation, "_write", lambda *args: written.append(args))
+  before, seen = setting.get_global(), []
 
   def compile_it():
     with futures.ThreadPoolExecutor(1) as other:
@@ -211,23 +213,40 @@ def test_only_what_is_kept_here_is_not_kept_by_jax(tmp_path, monkeypatch):
       seen.extend([setting.value, other.submit(lambda: setting.value).result()])
     return program
 
-  assert compilation._compiled(Lowered(compile_it), tmp_path / "file") is program
+  assert compilation._compiled(Lowered(compile_it)) == (program, True)
   assert seen == [math.inf, before]
   assert setting.value == before
-  assert len(written) == 1
 
 
-def test_what_jax_has_kept_is_not_written(tmp_path, monkeypatch):
-  """Fails where a program is written that JAX has loaded, and so is not whole."""
-  program, written = jax.jit(lambda: 1).lower().compile(), []
+@pytest.mark.parametrize("found", [False, True])
+def test_what_jax_has_kept_is_not_written(found, tmp_path, monkeypatch):
+  """Fails where a program is written that JAX has loaded, and so is not whole, or a new one not."""
+  program, given, written = jax.jit(lambda: 1).lower().compile(), [], []
   monkeypatch.setattr(compilation, "_write", lambda *args: written.append(args))
 
-  def find():
-    jax.monitoring.record_event(compilation._FOUND)
+  def compile_it():
+    if found:
+      jax.monitoring.record_event(compilation._FOUND)
     return program
 
-  assert compilation._compiled(Lowered(find), tmp_path / "file") is program
-  assert not written
+  compilation._keep(Lowered(compile_it), tmp_path / "file", None, given.append)
+  assert given == [program]
+  assert len(written) == (not found)
+
+
+def test_a_program_runs_before_it_is_written(tmp_path, monkeypatch):
+  """Fails where a first step waits for its program's file, or a process may end without it."""
+  may_write, written = threading.Event(), threading.Event()
+  monkeypatch.setattr(compilation, "_folders", [tmp_path])
+  monkeypatch.setattr(compilation, "_write_program",
+                      lambda file, program: may_write.wait(60) and written.set())
+  program = a_program(lambda: lambda x: x + 1)
+  program.start(1)
+  assert program(1) == 2
+  assert (written.is_set(), compilation.is_compiling()) == (False, False)
+  assert not any(thread.daemon for thread in threading.enumerate() if thread.name == "compiles")
+  may_write.set()
+  assert written.wait(60)
 
 
 OF_ONE_DEVICE = """
