@@ -131,9 +131,8 @@ class Checkpoints:
            metrics: dict[str, float] | None = None) -> bool:
     """Starts to save, and returns as soon as the state may be donated.
 
-    On an accelerator the arrays have been copied to the host by then; on the CPU Orbax holds NumPy
-    views of them, and XLA gives a donated buffer to no one else while a view of it lives (tested).
-    The save before this one is waited for.
+    The arrays have been copied to the host's memory by then (tested). The save before this one is
+    waited for.
 
     Args:
       step: the number of updates that made this state.
@@ -156,7 +155,7 @@ class Checkpoints:
     self._saving = step
     self._metrics[step] = {name: float(value) for name, value in (metrics or {}).items()}
     items = ocp.args.Composite(
-        state=ocp.args.PyTreeSave(_with_sharding(state, replicated(jax.devices()))),
+        state=ocp.args.PyTreeSave(_to_save(state)),
         iterator=ocp.args.JsonSave(iterator),
         config=ocp.args.JsonSave(config),
         **{_METRICS: ocp.args.JsonSave(self._metrics[step])})
@@ -377,6 +376,17 @@ class _NewestAndBest(ocp.checkpoint_managers.PreservationPolicy):
     steps = sorted(checkpoint.step for checkpoint in checkpoints)
     stay = {*steps[-self._keep:], *_ranked(steps, self._score)[:1]}
     return [checkpoint.step in stay for checkpoint in checkpoints]
+
+
+def _to_save(state: Any) -> Any:
+  """The state as Orbax is to write it.
+
+  Of one process NumPy arrays, of which Orbax makes copies: it writes them in less than half of the
+  time that it takes for JAX's, with whose shardings there is more to write, array by array.
+  """
+  if jax.process_count() == 1:
+    return jax.device_get(state)
+  return _with_sharding(state, replicated(jax.devices()))
 
 
 def _with_sharding(state: Any, sharding: jax.sharding.NamedSharding) -> Any:

@@ -11,6 +11,7 @@ import types
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from etils import epath
 
@@ -39,6 +40,19 @@ def test_restores_every_bit_and_type(tmp_path):
   with Checkpoints(tmp_path / "checkpoints") as checkpoints:
     assert checkpoints.steps() == [12]
     assert same(checkpoints.restore_latest(state).state, state)
+
+
+def test_plain_orbax_reads_it_told_nothing(tmp_path):
+  """Fails where what was saved can only be read where there are such devices as it was on."""
+  save_steps(tmp_path, [1])
+  state = ocp.PyTreeCheckpointer().restore(tmp_path / "1" / "state")
+  leaves, expected = jax.tree.leaves(state), jax.tree.leaves(make_state(1))
+  assert {type(leaf) for leaf in leaves} == {np.ndarray}
+  assert sorted(map(_bits, leaves)) == sorted(map(_bits, expected))
+
+
+def _bits(array):
+  return str(array.dtype), array.shape, np.asarray(array).tobytes()
 
 
 def test_a_second_save_of_a_step_changes_nothing(tmp_path):
