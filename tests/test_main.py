@@ -65,7 +65,8 @@ from advprop_jax.errors import InputError
 from advprop_jax.runtime import compilation
 from advprop_jax.runtime.faults import Preempted
 def ends(config, workdir):
-  compilation._beside(lambda: time.sleep(60))
+  compilation._beside(lambda give: time.sleep(60))
+  assert compilation.is_compiling()
   print("before", end="")
   raise {error}
 train.train = ends
@@ -89,11 +90,21 @@ def test_what_ends_a_start_does_not_wait_for_the_compiler(error, code, says):
 
 
 def test_a_training_loads_no_figures():
-  """Fails where each start waits for matplotlib, which the report alone needs."""
+  """Fails where each start waits for matplotlib or scipy.io, which few need."""
   done = subprocess.run(
       [sys.executable, "-c", "import sys; from advprop_jax import main, train; "
-       "print('matplotlib' in sys.modules)"], cwd=ROOT, text=True, capture_output=True, check=True)
-  assert done.stdout == "False\n"
+       "print({'matplotlib', 'scipy.io'} & set(sys.modules))"],
+      cwd=ROOT, text=True, capture_output=True, check=True)
+  assert done.stdout == "set()\n"
+
+
+def test_no_garbage_is_looked_for_at_the_end():
+  """Fails where Python goes through all objects once more as it ends."""
+  program = ("import atexit, gc, sys; atexit.register(lambda: print(gc.get_freeze_count() > 999)); "
+             "from advprop_jax import main; sys.argv = ['main', '--workdir=DIR']; main.run()")
+  done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, text=True, capture_output=True,
+                        check=False)
+  assert (done.returncode, done.stdout) == (2, "True\n"), done.stderr
 
 
 def test_help():

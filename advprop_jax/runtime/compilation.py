@@ -171,15 +171,15 @@ def _beside(work: Callable[[Callable[[Any], None]], None]) -> futures.Future:
         raise
       given.set_exception(error)
 
+  threading.Thread(target=run, name="compiles").start()
   _compiling.append(given)
   given.add_done_callback(_compiling.remove)
-  threading.Thread(target=run, name="compiles").start()
   return given
 
 
 def is_compiling() -> bool:
   """Whether a thread compiles. Python would wait for it before it ends, and dies where it is told
-  not to: `os._exit` is the way out.
+  not to: `os._exit` is the way out. (For one that writes a program, a second, it may wait.)
   """
   return any(not future.done() for future in list(_compiling))
 

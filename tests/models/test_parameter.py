@@ -22,6 +22,19 @@ class Scale(nn.Module):
     return x * parameter(self, "scale", threes, x.shape)
 
 
+class Twice(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    return x * parameter(self, "scale", threes, x.shape) * parameter(self, "scale", threes, x.shape)
+
+
+class TwiceCalled(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    scale = Scale()
+    return scale(scale(x))
+
+
 def test_a_parameter_begins_once():
   """Fails where it is traced again how it begins, or a module is applied to another value."""
   asked.clear()
@@ -34,6 +47,7 @@ def test_a_parameter_begins_once():
 
 @pytest.mark.parametrize(("variables", "error"), [
     ({"params": {"scale": jnp.ones(3)}}, errors.ScopeParamShapeError),
+    ({"params": {"scale": 3.0}}, errors.ScopeParamShapeError),
     ({"params": {"bias": jnp.ones(2)}}, errors.ScopeParamNotFoundError),
     ({}, errors.ScopeCollectionNotFound),
 ])
@@ -41,3 +55,18 @@ def test_parameters_of_another_network(variables, error):
   """Fails where a module is applied to what does not fit it, or does not say which it is."""
   with pytest.raises(error, match="scale"):
     Scale().apply(variables, jnp.ones(2))
+
+
+def test_a_name_is_used_once():
+  """Fails where two parameters of one name are one, at the start or later."""
+  with pytest.raises(ValueError, match="scale"):
+    Twice().init(jax.random.key(0), jnp.ones(2))
+  with pytest.raises(ValueError, match="scale"):
+    Twice().apply({"params": {"scale": jnp.ones(2)}}, jnp.ones(2))
+
+
+def test_a_module_that_is_called_twice():
+  """Fails where the second call begins another parameter, or is refused."""
+  variables = TwiceCalled().init(jax.random.key(0), jnp.ones(2))
+  assert jax.tree.map(lambda x: x.tolist(), variables) == {"params": {"Scale_0": {"scale": [3, 3]}}}
+  assert TwiceCalled().apply(variables, jnp.ones(2)).tolist() == [9, 9]

@@ -132,6 +132,19 @@ def test_an_asynchronous_save_is_not_changed_by_donated_updates(tmp_path):
       assert same(checkpoints.restore_latest(expected).state, expected), seed
 
 
+def test_the_step_after_a_save_has_the_memory_of_the_state(tmp_path):
+  """Fails where a save holds the arrays, and not copies: donated, they cannot be written over."""
+  update = pmap(lambda state, batch: state + batch.sum(), donate_state=True)
+  batch = np.ones((jax.local_device_count(), 2), np.float32)
+  state = update(jax.device_put(jnp.ones((1000, 1000)), replicated()), batch)
+  address = state.addressable_shards[0].data.unsafe_buffer_pointer()
+  with Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(1, {"large": state}, ITERATOR, CONFIG)
+    after = update(state, batch)
+  assert state.is_deleted()
+  assert after.addressable_shards[0].data.unsafe_buffer_pointer() == address
+
+
 def test_what_is_no_json_is_a_bug_and_no_full_disk(tmp_path):
   with Checkpoints(tmp_path) as checkpoints:
     checkpoints.save(1, make_state(), ITERATOR, CONFIG)

@@ -244,9 +244,22 @@ def test_a_program_runs_before_it_is_written(tmp_path, monkeypatch):
   program.start(1)
   assert program(1) == 2
   assert (written.is_set(), compilation.is_compiling()) == (False, False)
-  assert not any(thread.daemon for thread in threading.enumerate() if thread.name == "compiles")
+  assert [one.daemon for one in threading.enumerate() if one.name == "compiles"] == [False]
   may_write.set()
   assert written.wait(60)
+
+
+def test_what_fails_after_a_program_was_given_is_heard_of(monkeypatch):
+  """Fails where a thread that is to write a program ends without a word."""
+  heard = threading.Event()
+  monkeypatch.setattr(threading, "excepthook", lambda error: heard.set())
+
+  def work(give):
+    give("the program")
+    raise RuntimeError("cannot be written")
+
+  assert compilation._beside(work).result() == "the program"
+  assert heard.wait(60)
 
 
 OF_ONE_DEVICE = """
