@@ -12,7 +12,7 @@ def run(program: str, devices: int):
   XLA does not optimise: such programs take longer to compile than to run.
   """
   flags = (f"--xla_force_host_platform_device_count={devices} "
-           "--xla_backend_optimization_level=0")
+           "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false")
   done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
                         check=False, env={**os.environ, "XLA_FLAGS": flags})
   assert done.returncode == 0, done.stderr

@@ -31,7 +31,12 @@ def seconds_to_first_step(config: str, folder: str, number: int, options: list[s
       if process.poll() is not None:
         raise SystemExit(f"the run ended with exit code {process.returncode} before its first step")
       time.sleep(0.02)
-    return time.perf_counter() - start
+    seconds = time.perf_counter() - start
+    until = time.monotonic() + 30        # the step's program is written beside the first steps
+    while (not list(pathlib.Path(folder).glob("advprop_jax/programs-*/train_step-*.json"))
+           and process.poll() is None and time.monotonic() < until):
+      time.sleep(0.1)
+    return seconds
   finally:
     process.kill()
     process.wait()
