@@ -22,7 +22,7 @@ from etils import epath
 from advprop_jax.errors import FaultError, InputError, brief, of_disk
 from advprop_jax.runtime import agreement
 from advprop_jax.runtime.integrity import DamagedError, check_tree, verify, write_manifest
-from advprop_jax.runtime.parallel import replicated
+from advprop_jax.runtime.parallel import placed, replicated
 from advprop_jax.runtime.quiet import quiet_orbax
 
 SAVING_SECONDS = 300   # for one process of a pod to wait for another, whose disk may be full
@@ -156,7 +156,7 @@ class Checkpoints:
 
     def start():
       self._manager.save(step, force=True, args=ocp.args.Composite(
-          state=ocp.args.PyTreeSave(_to_save(state)),
+          state=ocp.args.PyTreeSave(_to_orbax(state)),
           iterator=ocp.args.JsonSave(iterator),
           config=ocp.args.JsonSave(config),
           **{_METRICS: ocp.args.JsonSave(self._metrics[step])}))
@@ -336,8 +336,8 @@ class Checkpoints:
         state=ocp.args.PyTreeRestore(target, ocp.checkpoint_utils.construct_restore_args(target),
                                      partial_restore=partial),
         **{name: ocp.args.JsonRestore() for name in ("iterator", "config", _METRICS)}))
-    return Restored(step, _with_sharding(items["state"], replicated()), items["iterator"],
-                    items["config"], items[_METRICS])
+    return Restored(step, _from_orbax(items["state"]), items["iterator"], items["config"],
+                    items[_METRICS])
 
   def _move_aside(self, step: int, word: str = "damaged") -> str:
     names = (f"{step}.{word}{number or ''}" for number in itertools.count())
@@ -380,25 +380,22 @@ class _NewestAndBest(ocp.checkpoint_managers.PreservationPolicy):
     return [checkpoint.step in stay for checkpoint in checkpoints]
 
 
-def _to_save(state: Any) -> Any:
-  """The state as Orbax is to write it.
+def _to_orbax(state: Any) -> Any:
+  """The state of a training, as Orbax is to write it.
 
-  Of one process NumPy arrays: for each of JAX's Orbax writes its sharding, too, and looks for its
-  replicas, and all takes more than twice as long. Orbax copies them before `save` returns, so
-  that the memory of JAX's is free for the next step; an accelerator's are then in the host's memory
-  twice.
+  In a pod its arrays on the devices of all processes. Of one process NumPy arrays: for each of
+  JAX's Orbax writes its sharding, too, and looks for its replicas, and all takes more than twice as
+  long. Orbax copies them before `save` returns, so that the memory of JAX's is free for the next
+  step; an accelerator's are then in the host's memory twice.
   """
   if jax.process_count() == 1:
     return jax.device_get(state)
-  return _with_sharding(state, replicated(jax.devices()))
+  return placed(state, replicated(jax.devices()))
 
 
-def _with_sharding(state: Any, sharding: jax.sharding.NamedSharding) -> Any:
-  """Between pmap's arrays, on the devices of one process, and Orbax's, on those of all; no copy."""
-  if jax.process_count() == 1:
-    return state
-  return jax.tree.map(lambda x: jax.make_array_from_single_device_arrays(
-      x.shape, sharding, [shard.data for shard in x.addressable_shards]), state)
+def _from_orbax(state: Any) -> Any:
+  """What Orbax has read onto the devices of all processes, as `pmap` has it."""
+  return state if jax.process_count() == 1 else placed(state, replicated())
 
 
 def _ranked(steps: Sequence[int], score: Callable[[int], float | None]) -> list[int]:

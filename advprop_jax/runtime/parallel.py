@@ -44,6 +44,13 @@ def replicated_shapes(shapes: Any) -> Any:
       lambda one: jax.ShapeDtypeStruct(one.shape, one.dtype, sharding=place), shapes)
 
 
+def placed(state: Any, sharding: jax.sharding.NamedSharding) -> Any:
+  """The same arrays of another sharding, whose parts on this process's devices are theirs; no copy.
+  """
+  return jax.tree.map(lambda x: jax.make_array_from_single_device_arrays(
+      x.shape, sharding, [shard.data for shard in x.addressable_shards]), state)
+
+
 def hurried(create: Callable) -> Callable:
   """A function that runs once, jitted in a hurry.
 
