@@ -8,12 +8,13 @@ import pathlib
 import shutil
 import tempfile
 
+from tests.virtual_devices import HURRIED
+
 # The tests compile much and compute little: XLA does not optimise, and makes fused operations in
 # the older of its two ways, as for `parallel.hurried`; those of pods have the newer one, as users
 # have it. None is set where the caller has set it.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 "
-                      "--xla_cpu_use_fusion_emitters=false")
+os.environ.setdefault("XLA_FLAGS", HURRIED)
 if not {"JAX_ENABLE_COMPILATION_CACHE", "JAX_COMPILATION_CACHE_DIR"} & set(os.environ):
   # Many run the same program; what they compile is kept for all until the last has run.
   os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="advprop_jax_tests_")
