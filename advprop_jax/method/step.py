@@ -12,6 +12,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import optax
+from jax import flatten_util
 
 from advprop_jax.method import attack as attacks
 from advprop_jax.method.attack import PIXEL, Attack
@@ -24,7 +25,7 @@ from advprop_jax.models.channels import once
 from advprop_jax.models.dropout import image_keys
 from advprop_jax.models.network import Network
 
-_SMALL = 4096                          # numbers of an array; larger ones are summed on their own
+_SMALL = 4096                          # numbers of an array; on the CPU larger ones go on their own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -343,8 +344,27 @@ def norm(tree: dict) -> jax.Array:
 
 
 def mean_over_devices(tree, axis_name: str | None):
-  """The mean over all devices, of every leaf."""
-  return tree if axis_name is None else jax.lax.pmean(tree, axis_name)
+  """The mean over all devices, of every leaf.
+
+  On the CPU small arrays, most of a network's, are put into one: devices meet for each array of an
+  all-reduce, and for the hundreds of a step one after the other (measured:
+  tests/benchmarks/README.md).
+  """
+  if axis_name is None:
+    return tree
+  mean = functools.partial(jax.lax.pmean, axis_name=axis_name)
+
+  def of_few(tree):
+    leaves, structure = jax.tree.flatten(tree)
+    small = {i: x for i, x in enumerate(leaves) if x.size <= _SMALL}
+    row, as_they_were = flatten_util.ravel_pytree(small)
+    row, large = mean((row, {i: x for i, x in enumerate(leaves) if i not in small}))
+    means = as_they_were(row) | large
+    return jax.tree.unflatten(structure, [means[i] for i in range(len(leaves))])
+
+  if jax.lax.axis_size(axis_name) == 1:  # there is nothing to meet for
+    return mean(tree)
+  return jax.lax.platform_dependent(tree, cpu=of_few, default=mean)
 
 
 def to_model_units(images: jax.Array) -> jax.Array:

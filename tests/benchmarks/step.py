@@ -5,10 +5,12 @@
   python -m tests.benchmarks.step --network=resnet_tiny --size=32 --batch=80 --cases=vanilla,fast
   python -m tests.benchmarks.step --malloc        # with the C library's own way with memory
   python -m tests.benchmarks.step --network=efficientnet_b0 --size=128 --batch=16 --remat
+  JAX_NUM_CPU_DEVICES=2 python -m tests.benchmarks.step   # the batch on two devices
 
-The cases alternate, so that a machine whose speed drifts does so for all of them. Prints one JSON
-line per case: the median of the seconds, and the median of the ratios to the first case; and, on
-Linux, the largest resident size of the process while the steps ran, of all cases together.
+Batch norms are of the whole batch, however many devices it is on. The cases alternate, so that a
+machine whose speed drifts does so for all of them. Prints one JSON line per case: the median of
+the seconds, and the median of the ratios to the first case; and, on Linux, the largest resident
+size of the process while the steps ran, of all cases together.
 """
 
 import functools
@@ -57,8 +59,8 @@ def build(case: str):
   scheme = SCHEMES[{"vanilla": "vanilla", "fast": "fast_advprop"}.get(case, "advprop")]
   steps, _, one = (1, "", "") if case in ("vanilla", "fast") else case[3:].partition("-")
   model = models.create_model(_NETWORK.value, _CLASSES.value, scheme.domains, dtype=_DTYPE.value,
-                              axis_name=parallel.AXIS, dropout_rate=0.0, drop_path_rate=0.0,
-                              remat=_REMAT.value)
+                              axis_name=parallel.AXIS, group_size=jax.local_device_count(),
+                              dropout_rate=0.0, drop_path_rate=0.0, remat=_REMAT.value)
   optimizer = create_optimizer("rmsprop", lambda step: 1e-4, 1e-5, momentum=0.9, rms_decay=0.9,
                                epsilon=1e-3)
   method = Method(model, scheme, Attack(num_steps=int(steps)), optimizer)

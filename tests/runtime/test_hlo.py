@@ -61,8 +61,9 @@ ENTRY %main (p.5: f32[4,2], q.5: bf16[6]) -> (f32[4,2], bf16[3]) {
 """  # noqa: E501
 
 PROGRAM = """
-import functools, json
+import functools, json, re
 import jax, jax.numpy as jnp, optax
+from advprop_jax.method import step as step_module
 from advprop_jax.method.attack import Attack
 from advprop_jax.method.schemes import SCHEMES
 from advprop_jax.method.state import create_train_state
@@ -82,12 +83,20 @@ def found(steps, statistics="running", accumulation=1):
   text = step.lower(state, batch).compile().as_text()
   return [[c.kind, c.bytes, c.group, c.depth, c.times] for c in hlo.collectives(text)]
 
+def met(*sizes):  # of how many arrays each all-reduce of a mean over devices is
+  arrays = [jax.ShapeDtypeStruct((8, size), jnp.float32) for size in sizes]
+  mean = parallel.pmap(lambda _, arrays: step_module.mean_over_devices(arrays, parallel.AXIS))
+  text = mean.lower(0, arrays).compile().as_text()
+  return [line.partition(" all-reduce(")[0].count("f32[")
+          for line in text.splitlines() if " all-reduce(" in line]
+
 parameters = jax.eval_shape(lambda: create_train_state(
     one_block.create(), optax.sgd(0.1), 0, 28, False)).params
 print(json.dumps({
     "parameters": sum(x.size * 4 for x in jax.tree.leaves(parameters)),
     "1": found(1), "10": found(10), "batch statistics": found(10, "batch"),
-    "accumulated": found(10, accumulation=2)}))
+    "accumulated": found(10, accumulation=2),
+    "met": met(5000, 12, 1, 5, 4096)}))
 """
 
 
@@ -155,3 +164,8 @@ def test_gradients_of_micro_batches_are_averaged_once(compiled):
   """Statistics of groups are of each micro-batch; the gradient's mean is outside of their loop."""
   assert {(group, depth, times) for _, _, group, depth, times in compiled["accumulated"]} == {
     (2, 1, 2), (8, 0, 1)}
+
+
+def test_small_arrays_are_averaged_as_one(compiled):
+  """Fault: devices of a CPU that meet for each array of hundreds, one after the other."""
+  assert sum(compiled["met"]) == 2         # one of all small ones, and the large one
