@@ -25,7 +25,7 @@ from advprop_jax.models.channels import once
 from advprop_jax.models.dropout import image_keys
 from advprop_jax.models.network import Network
 
-_SMALL = 4096                          # numbers of an array; on the CPU larger ones go on their own
+_SMALL = 4096                          # numbers of an array; on the CPU larger ones stay apart
 
 
 @dataclasses.dataclass(frozen=True)
@@ -344,7 +344,7 @@ def norm(tree: dict) -> jax.Array:
 
 
 def mean_over_devices(tree, axis_name: str | None):
-  """The mean over all devices, of every leaf.
+  """The mean over all devices, of every leaf; all are of floating types.
 
   On the CPU small arrays, most of a network's, are put into one: devices meet for each array of an
   all-reduce, and for the hundreds of a step one after the other (measured:
@@ -353,6 +353,8 @@ def mean_over_devices(tree, axis_name: str | None):
   if axis_name is None:
     return tree
   mean = functools.partial(jax.lax.pmean, axis_name=axis_name)
+  if jax.lax.axis_size(axis_name) == 1:  # there is nobody to meet
+    return mean(tree)
 
   def of_few(tree):
     leaves, structure = jax.tree.flatten(tree)
@@ -362,8 +364,6 @@ def mean_over_devices(tree, axis_name: str | None):
     means = as_they_were(row) | large
     return jax.tree.unflatten(structure, [means[i] for i in range(len(leaves))])
 
-  if jax.lax.axis_size(axis_name) == 1:  # there is nothing to meet for
-    return mean(tree)
   return jax.lax.platform_dependent(tree, cpu=of_few, default=mean)
 
 

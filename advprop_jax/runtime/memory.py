@@ -19,9 +19,9 @@ def keep_freed_memory() -> bool:
   XLA allocates the temporaries of a program afresh at each call. By default glibc maps each large
   block anew, so that every page of every step is faulted in and cleared by the kernel. Only the
   main thread's heap can keep such blocks, so it is the main thread that must ask for them: on the
-  CPU a program then runs in the call that starts it. (One heap for all threads would do as well,
-  and was 1.6 times slower: its free list is full of what the compiler left, and each of the small
-  blocks of a step is looked for in there.)
+  CPU a program of one device then runs in the call that starts it. (One heap for all threads would
+  do as well, and was 1.6 times slower: its free list is full of what the compiler left, and each of
+  the small blocks of a step is looked for in there.)
 
   What the compiler leaves goes back to the system after each compilation, or loading of a compiled
   program: some hundreds of MiB. All else stays until the process ends, on hosts of other platforms

@@ -54,12 +54,12 @@ def one_pass(scheme, model):
   return [[part.name for part in scheme.made]]
 
 
-def build(case: str):
-  """The pmapped step of a case, a state, and a mini-batch."""
+def build(case: str, group_size: int = 1):
+  """The pmapped step of a case, a state, and a mini-batch; batch norms of so many devices."""
   scheme = SCHEMES[{"vanilla": "vanilla", "fast": "fast_advprop"}.get(case, "advprop")]
   steps, _, one = (1, "", "") if case in ("vanilla", "fast") else case[3:].partition("-")
   model = models.create_model(_NETWORK.value, _CLASSES.value, scheme.domains, dtype=_DTYPE.value,
-                              axis_name=parallel.AXIS, group_size=jax.local_device_count(),
+                              axis_name=parallel.AXIS, group_size=group_size,
                               dropout_rate=0.0, drop_path_rate=0.0, remat=_REMAT.value)
   optimizer = create_optimizer("rmsprop", lambda step: 1e-4, 1e-5, momentum=0.9, rms_decay=0.9,
                                epsilon=1e-3)
@@ -76,7 +76,7 @@ def build(case: str):
 
 def create(case: str):
   """A function that runs one step, and one that tells of its compiler's: seconds, memory."""
-  step, state, batch = build(case)
+  step, state, batch = build(case, jax.local_device_count())
   start = time.perf_counter()
   step = step.lower(state, batch).compile()
   compiling = time.perf_counter() - start

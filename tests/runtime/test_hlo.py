@@ -61,8 +61,8 @@ ENTRY %main (p.5: f32[4,2], q.5: bf16[6]) -> (f32[4,2], bf16[3]) {
 """  # noqa: E501
 
 PROGRAM = """
-import functools, json, re
-import jax, jax.numpy as jnp, optax
+import functools, json
+import jax, jax.numpy as jnp, numpy as np, optax
 from advprop_jax.method import step as step_module
 from advprop_jax.method.attack import Attack
 from advprop_jax.method.schemes import SCHEMES
@@ -83,12 +83,18 @@ def found(steps, statistics="running", accumulation=1):
   text = step.lower(state, batch).compile().as_text()
   return [[c.kind, c.bytes, c.group, c.depth, c.times] for c in hlo.collectives(text)]
 
-def met(*sizes):  # of how many arrays each all-reduce of a mean over devices is
-  arrays = [jax.ShapeDtypeStruct((8, size), jnp.float32) for size in sizes]
+def averaged(*sizes):
+  rng = np.random.default_rng(0)
+  arrays = [rng.normal(size=(8, size)).astype(np.float32) for size in sizes]
+  arrays.append(arrays[0].astype(jnp.bfloat16))
   mean = parallel.pmap(lambda _, arrays: step_module.mean_over_devices(arrays, parallel.AXIS))
   text = mean.lower(0, arrays).compile().as_text()
-  return [line.partition(" all-reduce(")[0].count("f32[")
-          for line in text.splitlines() if " all-reduce(" in line]
+  means = mean(0, arrays)
+  return {"met": [len(visit.instruction.operands) for visit in hlo.visits(hlo.parse(text))
+                  if visit.instruction.opcode == "all-reduce"],
+          "types": [str(x.dtype) for x in means],
+          "error": max(float(jnp.max(jnp.abs(x - jnp.mean(jnp.asarray(one), 0))))
+                       for x, one in zip(means[:-1], arrays[:-1]))}
 
 parameters = jax.eval_shape(lambda: create_train_state(
     one_block.create(), optax.sgd(0.1), 0, 28, False)).params
@@ -96,7 +102,7 @@ print(json.dumps({
     "parameters": sum(x.size * 4 for x in jax.tree.leaves(parameters)),
     "1": found(1), "10": found(10), "batch statistics": found(10, "batch"),
     "accumulated": found(10, accumulation=2),
-    "met": met(5000, 12, 1, 5, 4096)}))
+    "averaged": averaged(5000, 12, 1, 5, 4096)}))
 """
 
 
@@ -167,5 +173,7 @@ def test_gradients_of_micro_batches_are_averaged_once(compiled):
 
 
 def test_small_arrays_are_averaged_as_one(compiled):
-  """Fault: devices of a CPU that meet for each array of hundreds, one after the other."""
-  assert sum(compiled["met"]) == 2         # one of all small ones, and the large one
+  """Fault: devices of a CPU that meet for each array of hundreds; other means, or other types."""
+  assert sum(compiled["averaged"]["met"]) == 3   # one of all small ones, and the two large ones
+  assert compiled["averaged"]["types"] == ["float32"] * 5 + ["bfloat16"]
+  assert compiled["averaged"]["error"] < 1e-6
