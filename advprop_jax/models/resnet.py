@@ -20,6 +20,7 @@ from advprop_jax.models.batch_norm import BatchNorm
 from advprop_jax.models.convolution import Convolution, Pointwise
 from advprop_jax.models.dropout import Dropout
 from advprop_jax.models.network import Network
+from advprop_jax.models.pooling import max_pool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +128,7 @@ class ResNet(Network):
     x = Convolution(net.stem, size, stride, self.dtype, symmetric=True, name="stem")(images)
     x = nn.relu(norm(name="stem_norm")(x, domains, train))
     if not net.small_images:
-      x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+      x = max_pool(x, size=3, stride=2)
     # Block l of L is dropped with probability rate * l / L. *Source:* Huang et al., ECCV 2016,
     # equation 4. (An EfficientNet, as its source, counts from 0 and never reaches the rate.)
     rates = self.drop_rates(range(1, len(blocks) + 1), len(blocks))

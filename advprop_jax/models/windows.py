@@ -58,6 +58,33 @@ def from_phases(phases: jax.Array, shape: tuple[int, ...]) -> jax.Array:
   return image[:, :shape[1], :shape[2]]
 
 
+def spread(terms: Sequence[Sequence[jax.Array]], stride: int,
+           padding: Sequence[tuple[int, int]], shape: tuple[int, ...]) -> jax.Array:
+  """The image to which each tap of a kernel brings its term: the way back of `window`.
+
+  Tap i brings row m of a result to row `stride * m + i - before` of the image, so to all rows of
+  one phase, moved.
+
+  Args:
+    terms: one for each tap, [row][column], each (n, height, width, c), those of a result.
+    stride: along both axes.
+    padding: of the image, (before, after) along both axes.
+    shape: of the image, (n, h, w, ...).
+
+  Returns:
+    (n, h, w, c).
+  """
+  (above, _), (left, _) = padding
+  phases = [[jnp.zeros_like(terms[0][0]) for _ in range(stride)] for _ in range(stride)]
+  for i, row in enumerate(terms):
+    down, p = divmod(i - above, stride)
+    for j, term in enumerate(row):
+      right, q = divmod(j - left, stride)
+      phases[p][q] += jax.lax.pad(term, jnp.zeros((), term.dtype), [
+          (0, 0, 0), (down, -down, 0), (right, -right, 0), (0, 0, 0)])
+  return from_phases(jnp.stack([jnp.stack(row, 3) for row in phases], 2), shape)
+
+
 def apart(function: Callable, x: jax.Array, kernel: jax.Array) -> jax.Array:
   """function(x), computed once and kept: in a branch of its own, always taken.
 

@@ -5,6 +5,7 @@ The plain form is the formula, differentiated by JAX, or XLA's own convolution.
 
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +17,7 @@ from advprop_jax.models import convolution, dense, depthwise
 from advprop_jax.models.activation import swish
 from advprop_jax.models.batch_norm import BatchNorm, affine_map, normalise
 from advprop_jax.models.channels import channel_sums, once, scale_channels
+from advprop_jax.models.pooling import max_pool
 
 TOLERANCE = 1e-10
 
@@ -133,6 +135,15 @@ def gradient_of_image(x):
   return jax.grad(lambda x: jnp.sum(dense.dense(x, jnp.ones((3, 3, 3, 4), x.dtype), 2)))(x)
 
 
+def gradient_of_feature_map(x):
+  x = jnp.concatenate([x, x], -1)                  # more channels than an image has
+  return jax.grad(lambda x: jnp.sum(dense.dense(x, jnp.ones((3, 3, 6, 4), x.dtype))))(x)
+
+
+def gradient_of_pooled(x):
+  return jax.grad(lambda x: jnp.sum(max_pool(x, 3, 2)))(x)
+
+
 def norm_of_two(x):
   return norm([x, x])
 
@@ -140,7 +151,9 @@ def norm_of_two(x):
 @pytest.mark.parametrize(("function", "fence"), [
     (channel_sums, "dot_general"), (gradient_of_scale, "dot_general"),
     (once, "optimization_barrier"), (gradient_of_image, "optimization_barrier"),
-    (gradient_of_kernel, "optimization_barrier"), (norm, "optimization_barrier"),
+    (gradient_of_kernel, "optimization_barrier"),
+    (gradient_of_feature_map, "optimization_barrier"),
+    (gradient_of_pooled, "optimization_barrier"), (norm, "optimization_barrier"),
     (norm_of_two, "concatenate")])
 def test_other_platforms_fuse_as_they_like(function, fence):
   """Fault: a program for a TPU that has to write and read what it would fuse."""
@@ -271,3 +284,15 @@ def test_dense(channels, size, stride, symmetric):
 
   require_equal(lambda x, kernel: dense.dense(x, kernel, stride, symmetric), native,
                 x, kernel)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize(("shape", "size", "stride"), [((2, 8, 8, 3), 3, 2), ((3, 11, 8, 5), 3, 2),
+                                                       ((2, 7, 5, 3), 3, 1), ((2, 9, 10, 3), 5, 3)])
+def test_max_pool(shape, size, stride, ties):
+  """Fault: a gradient that goes to each of several greatest values, such as a ReLU's zeros, or to
+  the last of them."""
+  x, = arrays(shape)
+  require_equal(lambda x: max_pool(x, size, stride),
+                lambda x: nn.max_pool(x, (size, size), (stride, stride), [(size // 2,) * 2] * 2),
+                jnp.maximum(jnp.round(x), 0) if ties else x)
