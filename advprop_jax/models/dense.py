@@ -99,6 +99,8 @@ def _kernel_gradient(gradient, x, stride, size, padding):
   where pixels or the kernel are many, and up to 1.1 between.
   """
   height, width = gradient.shape[1:3]
+  # The barrier, or XLA makes the rows, three times x, and keeps them long before they are needed.
+  x, gradient = jax.lax.optimization_barrier((x, gradient))
   x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
   rows = jnp.concatenate([x[:, :, j:j + (width - 1) * stride + 1:stride] for j in range(size)], -1)
   flat = gradient.reshape(-1, gradient.shape[3])
