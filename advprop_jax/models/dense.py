@@ -101,8 +101,8 @@ def _kernel_gradient(gradient, x, stride, size, padding):
   64 and 512 channels of ResNet-50, 0.9 to 1.2 between (`tests.benchmarks.convolutions`).
   """
   height, width = gradient.shape[1:3]
-  # The barrier, or XLA makes the rows, three times x, and keeps them long before they are needed.
-  x, gradient = jax.lax.optimization_barrier((x, gradient))
+  if x.shape[3] > FEW:                 # or XLA makes the rows in the forward pass, and keeps them
+    x, gradient = jax.lax.optimization_barrier((x, gradient))
   x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
   rows = jnp.concatenate([x[:, :, j:j + (width - 1) * stride + 1:stride] for j in range(size)], -1)
   flat = gradient.reshape(-1, gradient.shape[3])
@@ -140,8 +140,8 @@ def _few_channels_gradient(gradient, kernel, stride, shape, padding):
   return from_phases(phases.transpose(3, 4, 0, 5, 1, 2), shape)
 
 
-def _convolve(x, kernel, padding, window_strides=(1, 1), **dilation):
-  return jax.lax.conv_general_dilated(x, kernel, window_strides, padding, **dilation,
+def _convolve(x, kernel, padding, window_strides):
+  return jax.lax.conv_general_dilated(x, kernel, window_strides, padding,
                                       dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 

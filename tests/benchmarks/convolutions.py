@@ -2,8 +2,9 @@
 
   python -m tests.benchmarks.convolutions
 
-Gradients of 3 x 3 convolutions and of the max-pool, 8 images, in turn; outside of loops, where XLA
-moves the axes of its own gradients as it likes them. One JSON line for each shape and gradient.
+Gradients of 3 x 3 convolutions, and the max-pool and its gradient, 8 images, in turn; outside of
+loops, where XLA moves the axes of its own gradients as it likes them. One JSON line for each shape
+and what is taken of it.
 """
 
 import functools
@@ -38,7 +39,8 @@ def pool_by_xla(x):
 
 
 def milliseconds(forms, inputs, gradient, of) -> dict[str, float]:
-  """Of each form's gradient with respect to the input of that number: medians, in turn."""
+  """Of each form's gradient with respect to the input of that number, or of itself: medians, in
+  turn."""
   runs = {name: jax.jit(functools.partial(gradient_of, form, of)) for name, form in forms.items()}
   times = {name: [] for name in runs}
   for _ in range(REPEATS + 1):         # the first compiles
@@ -50,12 +52,14 @@ def milliseconds(forms, inputs, gradient, of) -> dict[str, float]:
 
 
 def gradient_of(form, of, inputs, gradient):
-  return jax.vjp(form, *inputs)[1](gradient)[of]
+  y, backward = jax.vjp(form, *inputs)
+  return y if of is None else backward(gradient)[of]
 
 
 def report(what, forms, inputs, gradient, of):
   found = milliseconds(forms, inputs, gradient, of)
-  print(json.dumps({"shape": inputs[0].shape, **what, "of": ("image", "kernel")[of], **found,
+  print(json.dumps({"shape": inputs[0].shape, **what,
+                    "of": {0: "image", 1: "kernel", None: "result"}[of], **found,
                     "ratio": round(found["here"] / found["xla"], 2)}), flush=True)
 
 
@@ -75,9 +79,10 @@ def main() -> None:
       report({"outputs": outputs, "stride": stride}, forms, arrays,
              draw(IMAGES, side // stride, side // stride, outputs), of)
   side, channels = POOL
-  report({"pool": 3, "stride": 2}, {"here": lambda x: max_pool(x, 3, 2), "xla": pool_by_xla},
-         (draw(IMAGES, side, side, channels),),
-         draw(IMAGES, side // 2, side // 2, channels), 0)
+  for of in (0, None):
+    report({"pool": 3, "stride": 2}, {"here": lambda x: max_pool(x, 3, 2), "xla": pool_by_xla},
+           (draw(IMAGES, side, side, channels),),
+           draw(IMAGES, side // 2, side // 2, channels), of)
 
 
 if __name__ == "__main__":

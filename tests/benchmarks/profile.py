@@ -31,7 +31,9 @@ _STEPS = flags.DEFINE_integer("steps", 5, "steps to be profiled")
 PRODUCTS = ("dot_general", "conv_general_dilated", "transpose")
 CONTAINERS = ("while", "conditional", "call", "cond")   # their time is that of what is in them
 LAYERS = {"squeeze_excite": "squeeze and excite", "depthwise/": "depthwise",
-          "stem/": "stem's convolution", "dot_general": "1 x 1", "conv_general": "convolution",
+          "stem/": "stem's convolution", "channel_sums": "batch norm and activation",
+          "branch_0_fun/dot_general": "convolution", "dot_general": "1 x 1",
+          "conv_general": "convolution",
           "norm": "batch norm and activation", "/mul": "batch norm and activation"}
 
 

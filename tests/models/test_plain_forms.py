@@ -140,6 +140,11 @@ def gradient_of_feature_map(x):
   return jax.grad(lambda x: jnp.sum(dense.dense(x, jnp.ones((3, 3, 6, 4), x.dtype))))(x)
 
 
+def gradient_of_wide_kernel(x):                    # which needs no transposition
+  x = jnp.concatenate([x, x], -1)
+  return jax.grad(lambda kernel: jnp.sum(dense.dense(x, kernel)))(jnp.ones((3, 3, 6, 20), x.dtype))
+
+
 def gradient_of_pooled(x):
   return jax.grad(lambda x: jnp.sum(max_pool(x, 3, 2)))(x)
 
@@ -153,6 +158,7 @@ def norm_of_two(x):
     (once, "optimization_barrier"), (gradient_of_image, "optimization_barrier"),
     (gradient_of_kernel, "optimization_barrier"),
     (gradient_of_feature_map, "optimization_barrier"),
+    (gradient_of_wide_kernel, "optimization_barrier"),
     (gradient_of_pooled, "optimization_barrier"), (norm, "optimization_barrier"),
     (norm_of_two, "concatenate")])
 def test_other_platforms_fuse_as_they_like(function, fence):
@@ -296,3 +302,32 @@ def test_max_pool(shape, size, stride, ties):
   require_equal(lambda x: max_pool(x, size, stride),
                 lambda x: nn.max_pool(x, (size, size), (stride, stride), [(size // 2,) * 2] * 2),
                 jnp.maximum(jnp.round(x), 0) if ties else x)
+
+
+def test_an_even_max_pool_is_refused():
+  with pytest.raises(ValueError, match="size of a max-pool's window: 2; an odd one is needed"):
+    max_pool(jnp.ones((1, 4, 4, 1)), 2, 2)
+
+
+def test_second_derivatives_of_a_max_pool():
+  x, weights = arrays((2, 7, 6, 3), (2, 7, 6, 3))
+
+  def of_image(pool):
+    return jax.grad(lambda x: jnp.sum(weights * jax.grad(lambda x: jnp.sum(pool(x) ** 3))(x)))(x)
+
+  np.testing.assert_allclose(
+      of_image(lambda x: max_pool(x, 3, 2)),
+      of_image(lambda x: nn.max_pool(x, (3, 3), (2, 2), [(1, 1), (1, 1)])), rtol=TOLERANCE)
+
+
+def test_dense_sums_the_gradient_of_bfloat16_in_float32():
+  """Fault: nine taps' products that are added up in bfloat16: four times the error."""
+  x, kernel, gradient = arrays((8, 16, 16, 64), (3, 3, 64, 64), (8, 16, 16, 64))
+  narrow = [array.astype(jnp.bfloat16) for array in (x, kernel, gradient)]
+
+  def of_image(x, kernel, gradient):
+    return jax.vjp(lambda x: dense.dense(x, kernel), x)[1](gradient)[0]
+
+  exact = of_image(*[array.astype(jnp.float64) for array in narrow])
+  error = jnp.abs(of_image(*narrow).astype(jnp.float64) - exact)
+  assert float(jnp.max(error) / jnp.max(jnp.abs(exact))) < 0.004

@@ -158,7 +158,7 @@ def test_logits_are_those_of_the_formula(net, side):
 
 # Even and odd sides, a side below the kernel's, and padding that a stride leaves unused.
 CONVOLUTIONS = [((3, 8, 7), 3, 1), ((2, 8, 7), 3, 2), ((2, 16, 17), 7, 2), ((2, 4, 9), 5, 2),
-                ((2, 1, 3), 3, 2)]
+                ((2, 1, 3), 3, 2), ((2, 10, 9), 3, 3)]
 
 
 def make_convolution(shape, size, channels=3):
@@ -173,10 +173,11 @@ def by_xla(x, kernel, stride, symmetric):
                                       dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
+@pytest.mark.parametrize("channels", [FEW - 1, FEW + 1])
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize(("shape", "size", "stride"), CONVOLUTIONS)
-def test_gradients_of_a_convolution_are_xlas(shape, size, stride, symmetric):
-  x, kernel = make_convolution(shape, size)
+def test_gradients_of_a_convolution_are_xlas(shape, size, stride, symmetric, channels):
+  x, kernel = make_convolution(shape, size, channels)
   y, backward = jax.vjp(lambda *inputs: dense(*inputs, stride, symmetric), x, kernel)
   expected, backward_xla = jax.vjp(lambda *inputs: by_xla(*inputs, stride, symmetric), x, kernel)
   np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
@@ -185,8 +186,9 @@ def test_gradients_of_a_convolution_are_xlas(shape, size, stride, symmetric):
     np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-def test_second_derivatives_of_a_convolution_agree():
-  x, kernel = make_convolution((2, 6, 6), 3)
+@pytest.mark.parametrize("channels", [FEW - 1, FEW + 1])
+def test_second_derivatives_of_a_convolution_agree(channels):
+  x, kernel = make_convolution((2, 6, 6), 3, channels)
 
   def penalty(convolve, kernel):  # of the input gradient, as gradient regularisation has it
     gradient = jax.grad(lambda x: jnp.sum(jnp.square(convolve(x, kernel, 2, True))))(x)
