@@ -4,8 +4,8 @@ The dense one has two forms. TPUs and GPUs take XLA's convolution and JAX's grad
 CPU XLA has one fast routine, for channels last in images and kernels, which suits neither the few
 channels of an image, for which the CPU's form adds up shifts, nor gradients: JAX's own of a small
 ResNet took 8 to 10 times as long in the loop of an attack, where XLA does not move their axes (jax
-0.10.2), and moved they take 1.1 to 1.2 times as long as matrix products, which are the CPU's form
-(all steps of ResNet-50, tests/benchmarks/README.md). `jax.lax.platform_dependent` chooses when the
+0.10.2), and with them moved, in place of the CPU's matrix products, ResNet-50's steps take 1.04 to
+1.07 times as long (tests/benchmarks/README.md). `jax.lax.platform_dependent` chooses when the
 program is compiled *for* a platform, so a program for a TPU that is compiled on a CPU host has the
 TPU's form.
 """
@@ -98,7 +98,7 @@ def _kernel_gradient(gradient, x, stride, size, padding):
   """Weight gradient of a dense convolution: a product for each row of the kernel.
 
   0.5 to 0.7 of the time of XLA's routine for the few channels of an image; for many 0.6 to 0.7 with
-  64 and 512 channels of ResNet-50, 0.9 to 1.2 between (`tests.benchmarks.convolutions`).
+  64 and 512 channels of ResNet-50, 0.9 to 1.25 between (`tests.benchmarks.convolutions`).
   """
   height, width = gradient.shape[1:3]
   if x.shape[3] > FEW:                 # or XLA makes the rows in the forward pass, and keeps them
@@ -115,8 +115,8 @@ def _kernel_gradient(gradient, x, stride, size, padding):
 def _many_channels_gradient(gradient, kernel, stride, shape, padding):
   """Input gradient of a dense convolution: a product for each tap, and a sum over their shifts.
 
-  0.4 to 1.0 of the time of XLA's routine, for which the kernel has to be turned round, and 1.15 and
-  1.17 at (8, 16, 16, 128) (`tests.benchmarks.convolutions`).
+  0.4 to 0.5 of the time of XLA's routine, for which the kernel has to be turned round, with 512
+  channels of ResNet-50, 0.7 to 1.2 with fewer (`tests.benchmarks.convolutions`).
   """
   flat = gradient.reshape(-1, gradient.shape[3])
   terms = [[once(flat @ tap.T).reshape(*gradient.shape[:3], -1) for tap in row] for row in kernel]

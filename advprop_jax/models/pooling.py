@@ -1,8 +1,8 @@
 """Max-pooling, fast on each platform.
 
-TPUs and GPUs take XLA's. On the CPU its gradient takes 17 times as long as comparing all windows
-elementwise (`tests.benchmarks.convolutions`). `jax.lax.platform_dependent` chooses when the program
-is compiled *for* a platform.
+TPUs and GPUs take XLA's. On the CPU that takes 2.3 times as long as the maximum of the image's
+shifts, and its gradient 15 times as long as comparing them (`tests.benchmarks.convolutions`).
+`jax.lax.platform_dependent` chooses when the program is compiled *for* a platform.
 """
 
 import functools
