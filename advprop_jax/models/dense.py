@@ -24,6 +24,7 @@ from advprop_jax.models.windows import (
   result_size,
   same_padding,
   spread,
+  symmetric_padding,
   window,
 )
 
@@ -60,16 +61,17 @@ def _dense_forward(x, kernel, stride, symmetric):
 
 
 def _dense_backward(stride, symmetric, inputs, gradient):
+  shape, size = inputs[0].shape, len(inputs[1])
+  padding = _dense_padding(shape, size, stride, symmetric)
+  input_gradient = _few_channels_gradient if shape[3] <= FEW else _many_channels_gradient
+
   def native(x, kernel, gradient):
-    padding = _dense_padding(x.shape, len(kernel), stride, symmetric)
     convolve = functools.partial(_convolve, padding=padding, window_strides=(stride, stride))
     return jax.vjp(convolve, x, kernel)[1](gradient)
 
   def products(x, kernel, gradient):
-    padding = _dense_padding(x.shape, len(kernel), stride, symmetric)
-    input_gradient = _few_channels_gradient if x.shape[3] <= FEW else _many_channels_gradient
-    of_x = input_gradient(wide(gradient), wide(kernel), stride, x.shape, padding)
-    of_kernel = _kernel_gradient(wide(gradient), wide(x), stride, len(kernel), padding)
+    of_x = input_gradient(wide(gradient), wide(kernel), stride, shape, padding)
+    of_kernel = _kernel_gradient(wide(gradient), wide(x), stride, size, padding)
     return of_x.astype(x.dtype), of_kernel.astype(kernel.dtype)
 
   return jax.lax.platform_dependent(*inputs, gradient, cpu=products, default=native)
@@ -147,7 +149,7 @@ def _convolve(x, kernel, padding, window_strides):
 
 def _dense_padding(shape, size, stride, symmetric):
   if symmetric:
-    return [(size // 2, size // 2)] * 2
+    return symmetric_padding(size)
   return [same_padding(length, size, stride) for length in shape[1:3]]
 
 

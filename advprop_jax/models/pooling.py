@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from advprop_jax.models.channels import once
-from advprop_jax.models.windows import result_size, spread, window
+from advprop_jax.models.windows import result_size, spread, symmetric_padding, window
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
@@ -57,7 +57,7 @@ def _max_pool_backward(size, stride, kept, gradient):
     first = once(first)
     terms = [[jnp.where(first == size * i + j, gradient, 0) for j in range(size)]
              for i in range(size)]
-    return spread(terms, stride, _borders(size), x.shape)
+    return spread(terms, stride, symmetric_padding(size), x.shape)
 
   return (jax.lax.platform_dependent(*kept, gradient, cpu=by_windows, default=native),)
 
@@ -66,11 +66,7 @@ max_pool.defvjp(_max_pool_forward, _max_pool_backward)
 
 
 def _native(x, size, stride):
-  return nn.max_pool(x, (size, size), (stride, stride), _borders(size))
-
-
-def _borders(size):
-  return [(size // 2, size // 2)] * 2
+  return nn.max_pool(x, (size, size), (stride, stride), symmetric_padding(size))
 
 
 def _of_windows(x, size, stride):
@@ -79,6 +75,6 @@ def _of_windows(x, size, stride):
 
 def _windows(x, size, stride):
   """What each tap sees, row by row: size * size times (n, height, width, c)."""
-  padded = jnp.pad(x, ((0, 0), *_borders(size), (0, 0)), constant_values=-jnp.inf)
+  padded = jnp.pad(x, ((0, 0), *symmetric_padding(size), (0, 0)), constant_values=-jnp.inf)
   shape = result_size(x.shape, stride)
   return [window(padded, i, j, *shape, stride) for i in range(size) for j in range(size)]

@@ -12,6 +12,11 @@ def same_padding(length: int, size: int, stride: int) -> tuple[int, int]:
   return total // 2, total - total // 2
 
 
+def symmetric_padding(size: int) -> list[tuple[int, int]]:
+  """size // 2 pixels on each side, (before, after) along both axes; for an odd size."""
+  return [(size // 2, size // 2)] * 2
+
+
 def result_size(shape: tuple[int, ...], stride: int) -> tuple[int, int]:
   """Height and width of what 'SAME', or k // 2 for an odd k, makes of images (n, h, w, ...)."""
   return -(-shape[1] // stride), -(-shape[2] // stride)

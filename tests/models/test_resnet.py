@@ -161,7 +161,7 @@ CONVOLUTIONS = [((3, 8, 7), 3, 1), ((2, 8, 7), 3, 2), ((2, 16, 17), 7, 2), ((2, 
                 ((2, 1, 3), 3, 2), ((2, 10, 9), 3, 3)]
 
 
-def make_convolution(shape, size, channels=3):
+def make_convolution(shape, size, channels):
   rng = np.random.default_rng(0)
   return (jnp.asarray(rng.normal(size=(*shape, channels)), jnp.float32),
           jnp.asarray(rng.normal(size=(size, size, channels, 5)), jnp.float32))
